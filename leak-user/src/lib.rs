@@ -1,0 +1,33 @@
+//! leaktrace finds the call stacks of a running process whose memory keeps growing.
+//!
+//! The modules, in the order of the data:
+//!
+//! - [`discover`]: which files of a process hold an allocator, and where a breakpoint is cheap;
+//! - [`attach`]: loads the BPF programs and puts them there;
+//! - [`ring`]: takes records out of the ring buffer;
+//! - [`decode`]: turns bytes into events, or into a counted error;
+//! - [`ledger`]: live allocations, and their totals per call stack and time;
+//! - [`detect`]: turns a call stack's history into a verdict with evidence;
+//! - [`symbols`]: names for addresses, asked for only what is reported;
+//! - [`report`]: what was found; the only thing that views and exporters read;
+//! - [`view`]: text, terminal and JSON.
+//!
+//! [`trace`] ties them together; [`cli`] and [`config`] are the command line; [`doctor`] tells what this host can do.
+
+pub mod attach;
+pub mod cli;
+pub mod config;
+pub mod decode;
+pub mod detect;
+pub mod discover;
+pub mod doctor;
+pub mod ledger;
+pub mod losses;
+pub mod process;
+pub mod recording;
+pub mod report;
+pub mod ring;
+pub mod spawn;
+pub mod symbols;
+pub mod trace;
+pub mod view;
