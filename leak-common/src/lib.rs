@@ -83,6 +83,8 @@ pub mod op {
     pub const POSIX_MEMALIGN: u8 = 6;
     /// The mmap, mremap and brk system calls.
     pub const MAPPING: u8 = 7;
+    /// Releases the block that is its first argument: free, cfree, `free_sized`, `free_aligned_sized`.
+    pub const FREE: u8 = 8;
 }
 
 /// An allocation that succeeded.

@@ -1,0 +1,257 @@
+//! The allocator's functions. `session` stands at all of them where the kernel has session links; `enter_any` and
+//! `leave_any` where it has multi-uprobe links; one `enter_*` a shape and `leave_any` elsewhere.
+
+use aya_ebpf::helpers::bpf_probe_read_user;
+use aya_ebpf::helpers::generated::{bpf_get_attach_cookie, bpf_get_func_ip};
+use aya_ebpf::macros::uprobe;
+use aya_ebpf::programs::ProbeContext;
+use aya_ebpf::EbpfContext;
+use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
+
+use crate::emit::{emit, emit_free, header, missed_free};
+use crate::maps::{count, is_target, now, size_is_followed};
+use crate::regs::{self, Frame};
+use crate::stack;
+use crate::thread::{current, current_or_new, ids};
+
+/// What a session program answers at entry: run it at the return too, or not (UPROBE_HANDLER_IGNORE). As the result of
+/// any other kind of uprobe program 1 would mean "remove the breakpoint".
+const WITH_RETURN: u32 = 0;
+const NO_RETURN: u32 = 1;
+
+#[inline(always)]
+fn frame(ctx: &ProbeContext) -> Frame {
+    // SAFETY: the context of a uprobe program is its pt_regs.
+    regs::frame(unsafe { &*ctx.regs })
+}
+
+#[inline(always)]
+fn argument(ctx: &ProbeContext, n: usize) -> u64 {
+    ctx.arg::<u64>(n).unwrap_or(0)
+}
+
+/// Whether a session program is running for the return: only at entry does the pc stand at the breakpoint.
+#[inline(always)]
+fn is_return(ctx: &ProbeContext) -> bool {
+    // SAFETY: the context of this program.
+    let breakpoint = unsafe { bpf_get_func_ip(ctx.as_ptr()) };
+    breakpoint != frame(ctx).pc
+}
+
+/// The two factors' product, or `None` where the allocator will refuse.
+#[inline(always)]
+fn product(a: u64, b: u64) -> Option<u64> {
+    // In halves: checked_mul, and LLVM's idea of a division check, need a 128-bit multiplication, which BPF lacks.
+    let (large, small) = if a > b { (a, b) } else { (b, a) };
+    let high = (large >> 32).wrapping_mul(small);
+    let low = (large & 0xffff_ffff).wrapping_mul(small);
+    if small >> 32 != 0 || high.wrapping_add(low >> 32) >> 32 != 0 {
+        count(counter::OVERFLOWED);
+        return None;
+    }
+    Some((high << 32).wrapping_add(low))
+}
+
+/// Records that an allocation began. `pointer`: realloc's block, or where `posix_memalign` will put the address.
+#[inline(never)]
+fn enter(ctx: &ProbeContext, op: u32, size: u64, pointer: u64) -> u32 {
+    let now = now();
+    let ids = ids();
+    let Some(thread) = current_or_new(ids) else {
+        return NO_RETURN;
+    };
+    let frame = frame(ctx);
+    let resizes = (op == u32::from(op::REALLOC) || op == u32::from(op::REALLOCARRAY)) && pointer != 0;
+    let mut announced = false;
+    if thread.sp != 0 {
+        if thread.is_nested(frame.sp, now) {
+            count(counter::NESTED);
+            return NO_RETURN;
+        }
+        // The same sp is a tail call (reallocarray jumps to realloc): the callee takes the caller's place.
+        if frame.sp == thread.sp {
+            announced = thread.pointer == pointer;
+        } else {
+            count(counter::ABANDONED);
+        }
+        thread.sp = 0;
+    }
+    if !size_is_followed(size) {
+        if resizes && !announced {
+            emit_free(ids.tgid, pointer, now);
+        }
+        return NO_RETURN;
+    }
+    if resizes && !announced {
+        let begin = ReallocBegin {
+            header: header(kind::REALLOC_BEGIN, op as u8, 0, ids.tgid),
+            addr: pointer,
+            time: now,
+            tid: ids.tid,
+            reserved: 0,
+        };
+        if !emit(begin, counter::RING_FULL_OTHER) {
+            // The block may be gone when realloc returns: it is treated as freed, and the result as a new one.
+            missed_free(ids.tgid, pointer, now);
+        }
+    }
+    thread.time = now;
+    thread.op = op;
+    thread.size = size;
+    thread.pointer = pointer;
+    thread.stack = stack::take(thread, frame, true, op as u8);
+    thread.sp = frame.sp;
+    WITH_RETURN
+}
+
+/// Records that a block is released: at entry, before the allocator can hand the address out again.
+#[inline(always)]
+fn free(ctx: &ProbeContext) {
+    let addr = argument(ctx, 0);
+    if addr == 0 {
+        return;
+    }
+    let now = now();
+    let ids = ids();
+    match current(ids) {
+        Some(thread) => {
+            if thread.is_nested(frame(ctx).sp, now) {
+                count(counter::NESTED);
+                return;
+            }
+        }
+        // A thread that has only freed so far.
+        None if !is_target(ids.tgid) => return,
+        None => {}
+    }
+    emit_free(ids.tgid, addr, now);
+}
+
+/// Records how the allocation ended.
+#[inline(never)]
+fn leave(ctx: &ProbeContext) -> u32 {
+    let ids = ids();
+    let Some(thread) = current(ids) else {
+        return 0;
+    };
+    let frame = frame(ctx);
+    if thread.sp.wrapping_add(regs::RETURN_POPS) != frame.sp || thread.sp == 0 {
+        // Below the recorded call it is the return of a nested one, whose entry was not recorded on purpose.
+        if frame.sp > thread.sp.wrapping_add(regs::RETURN_POPS) {
+            count(counter::UNPAIRED_RETURN);
+        }
+        return 0;
+    }
+    thread.sp = 0;
+    let result = frame.result;
+    let mut addr = result;
+    let called = thread.op as u8;
+    if called == op::POSIX_MEMALIGN {
+        addr = 0;
+        if result as u32 == 0 {
+            // SAFETY: a bad address is an error result.
+            match unsafe { bpf_probe_read_user(thread.pointer as *const u64) } {
+                Ok(block) => addr = block,
+                Err(_) => count(counter::BAD_RESULT),
+            }
+        }
+    }
+    let resized = (called == op::REALLOC || called == op::REALLOCARRAY) && thread.pointer != 0;
+    if resized {
+        let end = ReallocEnd {
+            header: header(kind::REALLOC_END, called, 0, ids.tgid),
+            addr,
+            size: thread.size,
+            stack: thread.stack,
+            time: now(),
+            tid: ids.tid,
+            reserved: 0,
+        };
+        emit(end, counter::RING_FULL_ALLOC);
+    } else if addr != 0 {
+        let alloc = Alloc {
+            header: header(kind::ALLOC, called, 0, ids.tgid),
+            addr,
+            size: thread.size,
+            stack: thread.stack,
+            // The time of entry: a tick more or less does not matter, and it saves a call.
+            time: thread.time,
+        };
+        emit(alloc, counter::RING_FULL_ALLOC);
+    }
+    if addr == 0 && thread.size != 0 {
+        count(counter::FAILED);
+    }
+    0
+}
+
+/// The arguments that matter, (size, pointer), by shape of function; `None` where the allocator will refuse the call.
+#[inline(always)]
+fn arguments(ctx: &ProbeContext, shape: u8) -> Option<(u64, u64)> {
+    match shape {
+        op::CALLOC => product(argument(ctx, 0), argument(ctx, 1)).map(|size| (size, 0)),
+        op::ALIGNED => Some((argument(ctx, 1), 0)),
+        op::REALLOC => Some((argument(ctx, 1), argument(ctx, 0))),
+        op::REALLOCARRAY => product(argument(ctx, 1), argument(ctx, 2)).map(|size| (size, argument(ctx, 0))),
+        op::POSIX_MEMALIGN => Some((argument(ctx, 2), argument(ctx, 0))),
+        _ => Some((argument(ctx, 0), 0)),
+    }
+}
+
+/// The entry of any function, its shape in the probe's cookie. What it returns only a session program may return.
+#[inline(always)]
+fn enter_shape(ctx: &ProbeContext, shape: u8) -> u32 {
+    if shape == op::FREE {
+        free(ctx);
+        return NO_RETURN;
+    }
+    match arguments(ctx, shape) {
+        Some((size, pointer)) => enter(ctx, u32::from(shape), size, pointer),
+        None => NO_RETURN,
+    }
+}
+
+/// The shape of function that this probe stands in: the cookie that it was attached with.
+#[inline(always)]
+fn shape(ctx: &ProbeContext) -> u8 {
+    // SAFETY: the context of this program.
+    (unsafe { bpf_get_attach_cookie(ctx.as_ptr()) }) as u8
+}
+
+/// Entry and return of every function, on one session link (6.13).
+#[uprobe]
+fn session(ctx: ProbeContext) -> u32 {
+    if is_return(&ctx) { leave(&ctx) } else { enter_shape(&ctx, shape(&ctx)) }
+}
+
+/// The entries of every function, on one link with cookies (6.6).
+#[uprobe]
+fn enter_any(ctx: ProbeContext) -> u32 {
+    enter_shape(&ctx, shape(&ctx));
+    0
+}
+
+/// The return of any function.
+#[uprobe]
+fn leave_any(ctx: ProbeContext) -> u32 {
+    leave(&ctx)
+}
+
+/// An entry program of its own for one shape of function: kernels before 5.15 have no cookies.
+macro_rules! entry {
+    ($name:ident, $shape:expr) => {
+        #[uprobe]
+        fn $name(ctx: ProbeContext) -> u32 {
+            enter_shape(&ctx, $shape);
+            0
+        }
+    };
+}
+
+entry!(enter_malloc, op::MALLOC);
+entry!(enter_calloc, op::CALLOC);
+entry!(enter_aligned, op::ALIGNED);
+entry!(enter_realloc, op::REALLOC);
+entry!(enter_reallocarray, op::REALLOCARRAY);
+entry!(enter_posix, op::POSIX_MEMALIGN);
+entry!(enter_free, op::FREE);

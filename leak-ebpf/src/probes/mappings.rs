@@ -1,0 +1,135 @@
+//! mmap, munmap, mremap and brk, from the system call tracepoints. Raw ones: they need no tracefs, and they give the
+//! user's registers, from which the stack is taken. They run at every system call of the host, so whatever is not a
+//! mapping call of a traced process leaves after a comparison.
+
+use aya_ebpf::bindings::pt_regs;
+use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use leak_common::{Map, RemapEnd, Unmap, UnmapEnd, counter, flag, kind, op};
+
+use crate::emit::{emit, header};
+use crate::maps::{is_target, now, raise_generation};
+use crate::regs::{self, nr};
+use crate::stack;
+use crate::thread::{current, current_or_new, ids};
+
+const PROT_EXEC: u32 = 4;
+const MAP_ANONYMOUS: u32 = 0x20;
+
+#[raw_tracepoint(tracepoint = "sys_enter")]
+fn sys_enter(ctx: RawTracePointContext) -> u32 {
+    let number: u64 = ctx.arg(1);
+    if number != nr::MMAP && number != nr::MUNMAP && number != nr::MREMAP && number != nr::BRK {
+        return 0;
+    }
+    let ids = ids();
+    if !is_target(ids.tgid) {
+        return 0;
+    }
+    let Some(thread) = current_or_new(ids) else {
+        return 0;
+    };
+    // SAFETY: the tracepoint's first argument is the task's pt_regs.
+    let Ok(user) = (unsafe { bpf_probe_read_kernel(ctx.arg::<u64>(0) as *const pt_regs) }) else {
+        return 0;
+    };
+    let now = now();
+    let args = regs::syscall_args(&user);
+    let in_allocator = thread.in_allocator(now);
+    let call = &mut thread.call;
+    call.number = number + 1;
+    call.addr = args[0];
+    call.size = args[1];
+    call.prot = args[2] as u32;
+    call.flags = args[3] as u32;
+    call.in_allocator = u64::from(in_allocator);
+    call.stack = 0;
+    if number == nr::MUNMAP || (number == nr::MREMAP && !in_allocator) {
+        // At entry, before the kernel can give the pages to another thread.
+        let kind = if number == nr::MUNMAP { kind::UNMAP } else { kind::REMAP_BEGIN };
+        let unmap = Unmap {
+            header: header(kind, op::MAPPING, 0, ids.tgid),
+            addr: args[0],
+            size: args[1],
+            time: now,
+            tid: ids.tid,
+            reserved: 0,
+        };
+        emit(unmap, counter::RING_FULL_OTHER);
+    }
+    if number == nr::MREMAP {
+        call.size = args[2];
+    }
+    // An allocator's own mapping is not the program's; the break is followed wherever it is moved.
+    if number != nr::MUNMAP && !in_allocator {
+        thread.call.stack = stack::take(thread, regs::frame(&user), false, op::MAPPING);
+    }
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sys_exit")]
+fn sys_exit(ctx: RawTracePointContext) -> u32 {
+    let ids = ids();
+    let Some(thread) = current(ids) else {
+        return 0;
+    };
+    let call = &mut thread.call;
+    if call.number == 0 {
+        return 0;
+    }
+    let number = call.number - 1;
+    call.number = 0;
+    let result: u64 = ctx.arg(1);
+    // The kernel returns errors as -4095 to -1 (IS_ERR_VALUE).
+    let failed = result > u64::MAX - 4095;
+    let now = now();
+    let in_allocator = call.in_allocator != 0;
+    match number {
+        nr::MMAP if !failed => {
+            let file = call.flags & MAP_ANONYMOUS == 0;
+            if file && call.prot & PROT_EXEC != 0 {
+                raise_generation();
+                let map = map(kind::MAP_EXEC, flag::FILE, ids.tgid, result, call.size, 0, now);
+                emit(map, counter::RING_FULL_OTHER);
+            }
+            if !in_allocator {
+                let flags = if file { flag::FILE } else { 0 };
+                let map = map(kind::MAP, flags, ids.tgid, result, call.size, call.stack, now);
+                emit(map, counter::RING_FULL_ALLOC);
+            }
+        }
+        nr::MUNMAP if failed => {
+            let end = UnmapEnd {
+                header: header(kind::UNMAP_FAILED, op::MAPPING, 0, ids.tgid),
+                tid: ids.tid,
+                reserved: 0,
+            };
+            emit(end, counter::RING_FULL_OTHER);
+        }
+        nr::MREMAP if !in_allocator => {
+            let end = RemapEnd {
+                header: header(kind::REMAP_END, op::MAPPING, 0, ids.tgid),
+                addr: if failed { 0 } else { result },
+                size: call.size,
+                stack: call.stack,
+                time: now,
+                tid: ids.tid,
+                reserved: 0,
+            };
+            emit(end, counter::RING_FULL_OTHER);
+        }
+        nr::BRK => {
+            let flags = if in_allocator { flag::IN_ALLOCATOR } else { 0 };
+            let map = map(kind::BRK, flags, ids.tgid, result, 0, call.stack, now);
+            emit(map, counter::RING_FULL_OTHER);
+        }
+        _ => {}
+    }
+    0
+}
+
+#[inline(always)]
+fn map(kind: u8, flags: u16, tgid: u32, addr: u64, size: u64, stack: u64, time: u64) -> Map {
+    Map { header: header(kind, op::MAPPING, flags, tgid), addr, size, stack, time }
+}

@@ -1,0 +1,5 @@
+//! The programs, by what they watch.
+
+mod alloc;
+mod mappings;
+mod process;

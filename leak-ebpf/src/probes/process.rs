@@ -1,0 +1,47 @@
+//! What happens to traced processes and their threads, from the scheduler's tracepoints.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use aya_log_ebpf::debug;
+use leak_common::{Process, counter, kind};
+
+use crate::emit::{emit, header};
+use crate::maps::{THREADS, is_target, now, raise_generation};
+use crate::thread::ids;
+
+/// A new program: all that was known of the process's memory and code is void. The thread that called exec has by now
+/// the leader's id.
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+fn process_exec(ctx: RawTracePointContext) -> u32 {
+    let ids = ids();
+    if !is_target(ids.tgid) {
+        return 0;
+    }
+    let old: u64 = ctx.arg(1);
+    // They may be absent.
+    let _ = THREADS.remove(old as u32);
+    let _ = THREADS.remove(ids.tid);
+    raise_generation();
+    debug!(&ctx, "exec in process {}", ids.tgid);
+    let process =
+        Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
+    emit(process, counter::RING_FULL_OTHER);
+    0
+}
+
+/// A thread ends. Whether the process ends with its leader user space knows better (a pidfd).
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+fn process_exit(_ctx: RawTracePointContext) -> u32 {
+    let ids = ids();
+    if !is_target(ids.tgid) {
+        return 0;
+    }
+    // A thread that never allocated has no entry.
+    let _ = THREADS.remove(ids.tid);
+    if ids.tid == ids.tgid {
+        let process =
+            Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
+        emit(process, counter::RING_FULL_OTHER);
+    }
+    0
+}

@@ -1,0 +1,111 @@
+//! What is remembered of a thread: the allocator call in flight, the system call in flight, its last stack.
+//!
+//! Pairing: one call in flight per thread. A probed call is nested in another exactly when its sp is lower than the
+//! recorded sp; a return belongs to the record exactly when its sp fits. A recorded call that never returns (an
+//! exception, longjmp) is replaced by the next call that is not below it, or once it is older than [`STALE_NS`].
+
+use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use leak_common::counter;
+
+use crate::maps::{THREAD_INIT, THREADS, count, is_target};
+use crate::stack::Walk;
+
+/// After this long a call in flight is taken as abandoned. Without it, one that never returned would make every deeper
+/// call of its thread look nested, for ever.
+pub const STALE_NS: u64 = 1_000_000_000;
+
+/// State of one thread; only the thread itself touches it.
+#[repr(C)]
+pub struct Thread {
+    pub tgid: u32,
+    /// The recorded allocator call's `leak_common::op`.
+    pub op: u32,
+    /// Stack pointer at the recorded call's entry, zero if there is none.
+    pub sp: u64,
+    pub size: u64,
+    /// realloc's old block, or where `posix_memalign` will put the address.
+    pub pointer: u64,
+    pub stack: u64,
+    pub time: u64,
+    pub call: SystemCall,
+    /// Hash of the thread's last stack that user space has.
+    pub last_stack: u64,
+    pub walk: Walk,
+}
+
+/// A mapping system call between its entry and its exit.
+#[repr(C)]
+pub struct SystemCall {
+    /// Its number plus one; zero if there is none.
+    pub number: u64,
+    pub addr: u64,
+    pub size: u64,
+    pub stack: u64,
+    /// mmap: protection and flags.
+    pub prot: u32,
+    pub flags: u32,
+    pub in_allocator: u64,
+}
+
+/// Process and thread of the current task.
+#[derive(Clone, Copy)]
+pub struct Ids {
+    pub tgid: u32,
+    pub tid: u32,
+}
+
+#[inline(always)]
+pub fn ids() -> Ids {
+    let both = bpf_get_current_pid_tgid();
+    Ids { tgid: (both >> 32) as u32, tid: both as u32 }
+}
+
+/// The state of the current thread if it has any.
+#[inline(always)]
+pub fn current(ids: Ids) -> Option<&'static mut Thread> {
+    let thread = THREADS.get_ptr_mut(ids.tid)?;
+    // SAFETY: a valid map value, touched by this thread only; entries are removed only when the thread ends.
+    let thread = unsafe { &mut *thread };
+    (thread.tgid == ids.tgid).then_some(thread)
+}
+
+/// The state of the current thread, made if the process is traced.
+#[inline(always)]
+pub fn current_or_new(ids: Ids) -> Option<&'static mut Thread> {
+    match current(ids) {
+        Some(thread) => Some(thread),
+        None => new(ids),
+    }
+}
+
+#[inline(never)]
+fn new(ids: Ids) -> Option<&'static mut Thread> {
+    if !is_target(ids.tgid) {
+        return None;
+    }
+    let init = THREAD_INIT.get_ptr(0)?;
+    // SAFETY: a valid map value, all zero.
+    if THREADS.insert(ids.tid, unsafe { &*init }, 0).is_err() {
+        count(counter::THREADS_FULL);
+        return None;
+    }
+    let thread = THREADS.get_ptr_mut(ids.tid)?;
+    // SAFETY: as in `current`.
+    let thread = unsafe { &mut *thread };
+    thread.tgid = ids.tgid;
+    Some(thread)
+}
+
+impl Thread {
+    /// Whether a call entered at `sp` is made inside the recorded one.
+    #[inline(always)]
+    pub fn is_nested(&self, sp: u64, now: u64) -> bool {
+        sp < self.sp && now.wrapping_sub(self.time) < STALE_NS
+    }
+
+    /// Whether an allocator call is in flight.
+    #[inline(always)]
+    pub fn in_allocator(&self, now: u64) -> bool {
+        self.sp != 0 && now.wrapping_sub(self.time) < STALE_NS
+    }
+}
