@@ -1,1 +1,493 @@
-//! To be written.
+//! The command line, checked: past [`Invocation::check`] nothing is validated again. A value that makes no sense, or an
+//! option whose feature this version does not have, is a [`UsageError`]; nothing is silently ignored.
+
+use std::ffi::OsString;
+use std::ops::RangeInclusive;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use crate::cli::Format;
+use crate::cli::{Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
+
+/// The kernel's upper bound of process ids (`PID_MAX_LIMIT`).
+const PID_MAX: u32 = 1 << 22;
+/// User space has 47 bits of addresses on x86-64; no block is larger.
+const SIZE_MAX: u64 = 1 << 47;
+const DURATIONS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_hours(24 * 365);
+const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_hours(24);
+const AGES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_hours(24 * 365);
+const TOP_MAX: usize = 10_000;
+
+/// What leaktrace was asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Invocation {
+    Trace(Config),
+    Doctor,
+}
+
+/// A checked request to trace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub target: Target,
+    /// `None`: until the targets have ended, or a signal.
+    pub duration: Option<Duration>,
+    /// Between reports; at least 100 ms.
+    pub interval: Duration,
+    pub format: Format,
+    /// `None`: the standard output.
+    pub output: Option<PathBuf>,
+    /// Growing stacks to list for each process, at least 1.
+    pub top: usize,
+    pub sampling: Sampling,
+    /// Bytes; smaller allocations are left out in the kernel.
+    pub min_size: u64,
+    /// Bytes; larger allocations are left out in the kernel. Not below `min_size`.
+    pub max_size: u64,
+    /// Report only blocks of at least this age.
+    pub older_than: Duration,
+    pub unwind: Unwind,
+    /// Files to take as allocators although they are not found by themselves; paths as the target sees them.
+    pub allocators: Vec<PathBuf>,
+    pub resources: Resources,
+    pub fail_on_leak: bool,
+    /// How often `-v` was given.
+    pub verbosity: u8,
+    /// Where to write the stream of kernel records.
+    pub record: Option<PathBuf>,
+}
+
+/// What to trace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Running processes: at least one, each once, as the user counts them.
+    Pids(Vec<u32>),
+    /// A program to start and its arguments; at least one element, the first not empty.
+    Command(Vec<OsString>),
+}
+
+/// Which allocations are followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sampling {
+    /// All of them.
+    Exact,
+}
+
+/// How call stacks are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unwind {
+    /// By the chain of frame pointers.
+    FramePointers,
+}
+
+/// What kinds of memory are traced; at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resources {
+    pub heap: bool,
+    pub mmap: bool,
+}
+
+/// A command line that cannot be followed. The text names the option, the value and what is accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsageError(String);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+impl UsageError {
+    fn value(option: &str, value: &str, accepted: impl std::fmt::Display) -> Self {
+        Self(format!("invalid value '{}' for '{option}': {accepted}", value.escape_debug()))
+    }
+
+    fn not_yet(option: &str, instead: &str) -> Self {
+        Self(format!("'{option}' is not in this version: {instead}"))
+    }
+}
+
+impl Invocation {
+    /// Checks a command line.
+    pub fn check(flags: Flags) -> Result<Self, UsageError> {
+        match flags.mode {
+            Some(Subcommands::Doctor) => Ok(Self::Doctor),
+            None => Config::check(flags.trace).map(Self::Trace),
+        }
+    }
+}
+
+impl Config {
+    fn check(flags: TraceFlags) -> Result<Self, UsageError> {
+        let min_size = flags.min_size.as_deref().map(|value| size("--min-size", value)).transpose()?;
+        let max_size = flags.max_size.as_deref().map(|value| size("--max-size", value)).transpose()?;
+        if let (Some(min), Some(max)) = (min_size, max_size)
+            && min > max
+        {
+            return Err(UsageError::value(
+                "--max-size",
+                flags.max_size.as_deref().unwrap_or_default(),
+                format_args!("must not be below --min-size {}", flags.min_size.as_deref().unwrap_or_default()),
+            ));
+        }
+        if let Some(percent) = &flags.max_overhead {
+            return Err(max_overhead(percent));
+        }
+        let sampling = sampling(&flags.sample)?;
+        let output = flags.output.map(|path| file("--output", path)).transpose()?;
+        let record = flags.record.map(|path| file("--record", path)).transpose()?;
+        if output.is_some() && output == record {
+            return Err(UsageError("'--output' and '--record' name the same file".to_owned()));
+        }
+        Ok(Self {
+            target: target(&flags.pids, flags.command)?,
+            duration: flags.duration.map(|value| time("--duration", &value, DURATIONS)).transpose()?,
+            interval: time("--interval", &flags.interval, INTERVALS)?,
+            format: flags.format,
+            output,
+            top: top(&flags.top)?,
+            sampling,
+            min_size: min_size.unwrap_or(0),
+            max_size: max_size.unwrap_or(u64::MAX),
+            older_than: flags
+                .older_than
+                .map(|value| time("--older-than", &value, AGES))
+                .transpose()?
+                .unwrap_or(Duration::ZERO),
+            unwind: match flags.unwind {
+                UnwindFlag::Auto | UnwindFlag::Fp => Unwind::FramePointers,
+            },
+            allocators: flags.allocators.into_iter().map(allocator).collect::<Result<_, _>>()?,
+            resources: Resources {
+                heap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Heap),
+                mmap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Mmap),
+            },
+            fail_on_leak: flags.fail_on_leak,
+            verbosity: flags.verbose,
+            record,
+        })
+    }
+}
+
+fn target(pids: &[String], command: Vec<OsString>) -> Result<Target, UsageError> {
+    match (pids.is_empty(), command.first()) {
+        (false, Some(command)) => Err(UsageError(format!(
+            "'--pid {}' cannot be used with '-- {}': trace running processes or start a program, not both",
+            pids.join(",").escape_debug(),
+            command.to_string_lossy().escape_debug()
+        ))),
+        (true, None) => Err(UsageError(
+            "no process given: tracing the whole system is not in this version; \
+             name processes with '-p PID[,PID...]' or start a program with '-- COMMAND'"
+                .to_owned(),
+        )),
+        (true, Some(program)) if program.is_empty() => Err(UsageError::value("COMMAND", "", "must name a program")),
+        (true, Some(_)) => Ok(Target::Command(command)),
+        (false, None) => {
+            let mut checked = Vec::with_capacity(pids.len());
+            for value in pids {
+                let pid = value.trim().parse().ok().filter(|pid| (1..=PID_MAX).contains(pid)).ok_or_else(|| {
+                    UsageError::value("--pid", value, format_args!("must be process ids from 1 to {PID_MAX}"))
+                })?;
+                if pid == std::process::id() {
+                    return Err(UsageError::value("--pid", value, "leaktrace cannot trace itself"));
+                }
+                if checked.contains(&pid) {
+                    return Err(UsageError::value("--pid", value, "must name each process once"));
+                }
+                checked.push(pid);
+            }
+            Ok(Target::Pids(checked))
+        }
+    }
+}
+
+fn time(option: &str, value: &str, accepted: RangeInclusive<Duration>) -> Result<Duration, UsageError> {
+    humantime::parse_duration(value.trim()).ok().filter(|time| accepted.contains(time)).ok_or_else(|| {
+        let (from, to) = (humantime::format_duration(*accepted.start()), accepted.end().as_secs() / (24 * 3600));
+        let days = if to == 1 { "day" } else { "days" };
+        UsageError::value(
+            option,
+            value,
+            format_args!("must be a time with its unit, such as 30s or 5min, from {from} to {to} {days}"),
+        )
+    })
+}
+
+fn top(value: &str) -> Result<usize, UsageError> {
+    value
+        .trim()
+        .parse()
+        .ok()
+        .filter(|top| (1..=TOP_MAX).contains(top))
+        .ok_or_else(|| UsageError::value("--top", value, format_args!("must be a number from 1 to {TOP_MAX}")))
+}
+
+fn size(option: &str, value: &str) -> Result<u64, UsageError> {
+    parse_size(value).filter(|size| (1..=SIZE_MAX).contains(size)).ok_or_else(|| {
+        UsageError::value(option, value, "must be a size from 1 to 128TiB, such as 4096, 64K or 1MiB (K is 1024)")
+    })
+}
+
+/// Bytes of `4096`, `64K`, `64KiB`, `1.5MiB`; K, KB and KiB are all 1024. `None` if it is none of these.
+fn parse_size(value: &str) -> Option<u64> {
+    let value = value.trim();
+    let digits = value.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(value.len());
+    let (number, unit) = value.split_at(digits);
+    let unit = unit.trim_start().to_ascii_lowercase();
+    let shift = match unit.strip_suffix("ib").or(unit.strip_suffix('b')).unwrap_or(&unit) {
+        "" if unit == "ib" => return None,
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return None,
+    };
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(1 << shift);
+    }
+    // A fraction of a byte is no size, so a fraction needs a unit.
+    let bytes = number.parse::<f64>().ok()? * (1_u64 << shift) as f64;
+    (shift > 0 && bytes < SIZE_MAX as f64 * 2.0).then_some(bytes as u64)
+}
+
+fn sampling(value: &str) -> Result<Sampling, UsageError> {
+    match value {
+        "auto" | "exact" => Ok(Sampling::Exact),
+        _ if parse_size(value).is_some_and(|size| (1..=SIZE_MAX).contains(&size)) => Err(UsageError::not_yet(
+            &format!("--sample {value}"),
+            "every allocation is followed; leave it out, or say 'exact'",
+        )),
+        _ => Err(UsageError::value("--sample", value, "must be auto, exact, or a size such as 512K")),
+    }
+}
+
+fn max_overhead(value: &str) -> UsageError {
+    let percent = value.trim().trim_end_matches('%').trim_end().parse::<f64>();
+    if percent.is_ok_and(|percent| percent > 0.0 && percent <= 100.0) {
+        UsageError::not_yet(&format!("--max-overhead {value}"), "leave it out; end tracing early with '--duration'")
+    } else {
+        UsageError::value("--max-overhead", value, "must be a percentage above 0 and up to 100")
+    }
+}
+
+fn file(option: &str, path: PathBuf) -> Result<PathBuf, UsageError> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.is_empty() || bytes.ends_with(b"/") || bytes.contains(&0) {
+        return Err(UsageError::value(option, &path.to_string_lossy(), "must be the path of a file"));
+    }
+    Ok(path)
+}
+
+fn allocator(value: OsString) -> Result<PathBuf, UsageError> {
+    let text = value.to_string_lossy().into_owned();
+    let bytes = value.into_vec();
+    // A colon in the middle of a path, as in /opt/a:b/lib.so, is not the one before a prefix.
+    let colon = bytes.iter().rposition(|&byte| byte == b':').filter(|&at| !bytes[at..].contains(&b'/'));
+    if colon.unwrap_or(bytes.len()) == 0 || bytes.ends_with(b"/") || colon.is_some_and(|at| bytes[..at].ends_with(b"/"))
+    {
+        return Err(UsageError::value("--allocator", &text, "must be the path of a program or library"));
+    }
+    if colon.is_some() {
+        return Err(UsageError::not_yet(
+            &format!("--allocator {}", text.escape_debug()),
+            "a file can be named, a prefix of its functions cannot; leave ':PREFIX' out",
+        ));
+    }
+    Ok(OsString::from_vec(bytes).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn check(args: &[&str]) -> Result<Invocation, UsageError> {
+        Invocation::check(Flags::try_parse_from(std::iter::once(&"leaktrace").chain(args)).unwrap())
+    }
+
+    fn config(args: &[&str]) -> Config {
+        match check(args).unwrap() {
+            Invocation::Trace(config) => config,
+            Invocation::Doctor => panic!("{args:?} is not about tracing"),
+        }
+    }
+
+    /// The defaults are those of the manual.
+    #[test]
+    fn defaults() {
+        assert_eq!(
+            config(&["-p", "7"]),
+            Config {
+                target: Target::Pids(vec![7]),
+                duration: None,
+                interval: Duration::from_secs(5),
+                format: Format::Text,
+                output: None,
+                top: 10,
+                sampling: Sampling::Exact,
+                min_size: 0,
+                max_size: u64::MAX,
+                older_than: Duration::ZERO,
+                unwind: Unwind::FramePointers,
+                allocators: Vec::new(),
+                resources: Resources { heap: true, mmap: true },
+                fail_on_leak: false,
+                verbosity: 0,
+                record: None,
+            }
+        );
+        assert_eq!(check(&["doctor"]), Ok(Invocation::Doctor));
+    }
+
+    /// Each option arrives where it belongs.
+    #[test]
+    fn every_option() {
+        let c = config(&[
+            "--duration",
+            "1min 30s",
+            "--interval",
+            "250ms",
+            "--format",
+            "jsonl",
+            "-o",
+            "out/report.jsonl",
+            "--top",
+            "3",
+            "--sample",
+            "exact",
+            "--min-size",
+            "64K",
+            "--max-size",
+            "1.5MiB",
+            "--older-than",
+            "10s",
+            "--unwind",
+            "fp",
+            "--allocator",
+            "/opt/a:b/libx.so",
+            "--resource",
+            "mmap",
+            "--fail-on-leak",
+            "-vv",
+            "--record",
+            "s.rec",
+            "--",
+            "redis-server",
+            "--port",
+            "0",
+        ]);
+        assert_eq!(c.target, Target::Command(["redis-server", "--port", "0"].map(OsString::from).to_vec()));
+        assert_eq!(c.duration, Some(Duration::from_secs(90)));
+        assert_eq!(c.interval, Duration::from_millis(250));
+        assert_eq!((c.format, c.top, c.verbosity, c.fail_on_leak), (Format::Jsonl, 3, 2, true));
+        assert_eq!(c.output, Some("out/report.jsonl".into()));
+        assert_eq!((c.min_size, c.max_size), (65_536, 1_572_864));
+        assert_eq!(c.older_than, Duration::from_secs(10));
+        assert_eq!(c.allocators, [PathBuf::from("/opt/a:b/libx.so")]);
+        assert_eq!(c.resources, Resources { heap: false, mmap: true });
+        assert_eq!(c.record, Some("s.rec".into()));
+        assert_eq!(config(&["-p", "7,8", "-p", "9"]).target, Target::Pids(vec![7, 8, 9]));
+    }
+
+    /// Each value that makes no sense is refused with the option, the value and what is accepted.
+    #[test]
+    fn senseless_values() {
+        let cases: &[(&[&str], &str, &str, &str)] = &[
+            (&["-p", "0"], "--pid", "'0'", "from 1"),
+            (&["-p", "-4"], "--pid", "'-4'", "from 1"),
+            (&["-p", "x"], "--pid", "'x'", "process ids"),
+            (&["-p", "7,"], "--pid", "''", "process ids"),
+            (&["-p", "99999999999"], "--pid", "'99999999999'", "4194304"),
+            (&["-p", "7,8,7"], "--pid", "'7'", "once"),
+            (&["--duration", "0s"], "--duration", "'0s'", "100ms"),
+            (&["--duration", "-5s"], "--duration", "'-5s'", "100ms"),
+            (&["--duration", "30"], "--duration", "'30'", "unit"),
+            (&["--duration", "soon"], "--duration", "'soon'", "30s"),
+            (&["--duration", "500y"], "--duration", "'500y'", "365 days"),
+            (&["--duration", "99999999999999999999s"], "--duration", "'99999999999999999999s'", "365 days"),
+            (&["--interval", "0ms"], "--interval", "'0ms'", "100ms"),
+            (&["--interval", "1us"], "--interval", "'1us'", "100ms"),
+            (&["--interval", "2d"], "--interval", "'2d'", "1 day"),
+            (&["--older-than", "0s"], "--older-than", "'0s'", "1ms"),
+            (&["--min-size", "0"], "--min-size", "'0'", "from 1"),
+            (&["--min-size", "-1"], "--min-size", "'-1'", "from 1"),
+            (&["--max-size", "many"], "--max-size", "'many'", "4096"),
+            (&["--max-size", "129TiB"], "--max-size", "'129TiB'", "128TiB"),
+            (&["--max-size", "99999999999999999999"], "--max-size", "'99999999999999999999'", "128TiB"),
+            (&["--min-size", "2K", "--max-size", "1K"], "--max-size", "'1K'", "--min-size 2K"),
+            (&["--top", "0"], "--top", "'0'", "from 1"),
+            (&["--top", "-1"], "--top", "'-1'", "from 1"),
+            (&["--top", "10001"], "--top", "'10001'", "10000"),
+            (&["--sample", "some"], "--sample", "'some'", "exact"),
+            (&["--sample", "0"], "--sample", "'0'", "exact"),
+            (&["--max-overhead", "0"], "--max-overhead", "'0'", "above 0"),
+            (&["--max-overhead", "nan"], "--max-overhead", "'nan'", "above 0"),
+            (&["--max-overhead", "101"], "--max-overhead", "'101'", "up to 100"),
+            (&["--allocator", ":je_"], "--allocator", "':je_'", "path"),
+            (&["-o", "reports/"], "--output", "'reports/'", "path of a file"),
+        ];
+        for (args, option, value, accepted) in cases {
+            let args: Vec<&str> =
+                if args[0] == "-p" { args.to_vec() } else { args.iter().copied().chain(["-p", "7"]).collect() };
+            let text = check(&args).unwrap_err().to_string();
+            assert!(text.contains(option) && text.contains(value) && text.contains(accepted), "{args:?}: {text}");
+        }
+    }
+
+    /// What cannot be done together, or at all, is refused and the way out named.
+    #[test]
+    fn targets_that_cannot_be() {
+        assert!(check(&[]).unwrap_err().to_string().contains("-p PID"));
+        assert!(check(&["--duration", "1s"]).unwrap_err().to_string().contains("whole system"));
+        let both = check(&["-p", "7", "--", "ls"]).unwrap_err().to_string();
+        assert!(both.contains("--pid 7") && both.contains("-- ls"), "{both}");
+        assert!(check(&["--", ""]).unwrap_err().to_string().contains("COMMAND"));
+        let own = std::process::id().to_string();
+        assert!(check(&["-p", &own]).unwrap_err().to_string().contains("itself"));
+        assert!(check(&["-p", "7", "-o", "a", "--record", "a"]).unwrap_err().to_string().contains("same file"));
+    }
+
+    /// An option whose feature does not exist yet says so instead of doing nothing.
+    #[test]
+    fn what_is_not_in_this_version() {
+        for args in [["--sample", "512K"], ["--max-overhead", "2%"], ["--allocator", "/usr/lib/libx.so:je_"]] {
+            let text = check(&[args[0], args[1], "-p", "7"]).unwrap_err().to_string();
+            assert!(text.contains("not in this version") && text.contains(args[0]) && text.contains(args[1]), "{text}");
+        }
+    }
+
+    /// A control character in a value does not reach the terminal with the error.
+    #[test]
+    fn errors_are_safe_to_print() {
+        for args in [["--duration", "\x1b[2J", "-p", "7"], ["-p", "7", "--", "\x1b[2J"]] {
+            assert!(!check(&args).unwrap_err().to_string().contains('\x1b'));
+        }
+    }
+
+    /// Sizes in all their spellings, and what is none.
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("1", 1),
+            ("4096", 4096),
+            ("512b", 512),
+            ("64K", 65_536),
+            ("64k", 65_536),
+            ("64KB", 65_536),
+            ("1MiB", 1 << 20),
+            ("1 GiB", 1 << 30),
+            ("2T", 2 << 40),
+            ("0.5K", 512),
+            ("1.5M", 3 << 19),
+        ] {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for text in ["", "K", "1.5", "1..5K", ".", "1X", "1KiBs", "1ib", "0x10", "1e3", "٣", "inf", "16777216T"] {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
+    }
+}

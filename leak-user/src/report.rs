@@ -1,1 +1,466 @@
-//! To be written.
+//! What was found, as one value: the JSON contract `leaktrace.report/1`, and the only thing that views read.
+//!
+//! Keys may be added, never renamed or given another meaning. What is not known is `null`, never zero. Strings that come
+//! from the target (names of processes, files and functions) stand here as they are; whoever shows them on a terminal
+//! passes them through [`crate::view::safe`]. How the numbers come about is the business of `ledger` and `detect`.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// The value of [`Report::schema`].
+pub const SCHEMA: &str = "leaktrace.report/1";
+
+/// One report: of an interval, or the final one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Always [`SCHEMA`].
+    pub schema: String,
+    pub tool: Tool,
+    pub host: Host,
+    /// When tracing started, RFC 3339.
+    pub started_at: Timestamp,
+    /// Seconds from the start of tracing to this report.
+    pub duration_s: f64,
+    /// Whether this is the last report of the run.
+    #[serde(rename = "final")]
+    pub is_final: bool,
+    /// Why tracing ended; only the final report knows.
+    pub ended: Option<Ended>,
+    pub mode: Mode,
+    /// Events read from the kernel since the start.
+    pub events: u64,
+    /// Events a second, over the interval that this report closes (the final report: over the whole run).
+    pub events_per_s: Option<f64>,
+    /// What was lost, by counter; only counters that are not zero.
+    pub losses: BTreeMap<String, u64>,
+    /// The program that leaktrace started, if it did.
+    pub command: Option<Command>,
+    /// Worst first, see [`Report::sort`].
+    pub processes: Vec<Process>,
+}
+
+/// What wrote the report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tool {
+    pub name: String,
+    pub version: String,
+}
+
+impl Default for Tool {
+    fn default() -> Self {
+        Self { name: "leaktrace".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() }
+    }
+}
+
+/// Where it ran.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Host {
+    pub hostname: Option<String>,
+    /// The kernel's release, such as `6.12.1-amd64`.
+    pub kernel: Option<String>,
+    /// The machine, such as `x86_64`.
+    pub arch: Option<String>,
+    /// Processors that are online.
+    pub cpus: Option<u32>,
+    pub memory_bytes: Option<u64>,
+}
+
+/// Why tracing ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ended {
+    /// `--duration` was over.
+    Duration,
+    /// Every traced process has ended.
+    TargetsExited,
+    /// A signal, or the user asked the terminal view to end.
+    Interrupted,
+    /// Nobody reads the reports any more.
+    OutputClosed,
+}
+
+/// How allocations were seen.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Mode {
+    pub sampling: Sampling,
+    /// Mean bytes between samples; `null` when exact.
+    pub interval_bytes: Option<u64>,
+    pub unwinder: Unwinder,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sampling {
+    /// Every allocation.
+    Exact,
+    /// A part of them, chosen by bytes.
+    Bytes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unwinder {
+    /// By unwind tables.
+    Tables,
+    /// By the chain of frame pointers.
+    Fp,
+}
+
+/// The program of `leaktrace -- COMMAND`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Command {
+    pub args: Vec<String>,
+    pub pid: u32,
+    /// Its exit status; `null` while it runs or when a signal ended it.
+    pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+}
+
+/// A traced process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: u32,
+    pub comm: String,
+    /// Path of the executable, as the process sees it.
+    pub exe: Option<String>,
+    pub cgroup: Option<String>,
+    pub verdict: Verdict,
+    /// A sentence more about the verdict, where there is something to say that the numbers do not show.
+    pub hint: Option<String>,
+    /// Bytes allocated while traced and not freed.
+    pub live_bytes: u64,
+    pub live_count: u64,
+    pub rss: Rss,
+    /// Growth of the growing stacks over the growth of RSS; `null` where RSS does not grow or no stack does.
+    pub explained_growth_ratio: Option<f64>,
+    /// The lowest memory limit that applies: of its cgroups, or of the host.
+    pub memory_limit_bytes: Option<u64>,
+    /// Seconds until RSS meets the limit, should it go on like this.
+    pub seconds_to_limit: Option<f64>,
+    pub allocators: Vec<Allocator>,
+    /// How it ended, if it did.
+    pub ended: Option<ProcessEnd>,
+    /// Call stacks that hold live memory or grow, also those that are not listed below.
+    pub stacks_seen: u64,
+    /// Call stacks that grow, also those that are not listed below.
+    pub growing_stacks: u64,
+    /// Growth of all of these, bytes a second.
+    pub growing_bytes_per_s: Option<f64>,
+    /// Worst first, see [`Report::sort`].
+    pub stacks: Vec<Stack>,
+}
+
+/// Verdict on a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// At least one call stack leaks.
+    Leaking,
+    /// Not enough seen yet.
+    Warming,
+    /// It grew, and stopped.
+    Plateau,
+    /// It rose and came back.
+    Spike,
+    /// It does not grow.
+    Stable,
+}
+
+/// Resident memory of a process over the run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rss {
+    pub first_bytes: Option<u64>,
+    pub last_bytes: Option<u64>,
+    pub growth_bytes_per_s: Option<f64>,
+}
+
+/// An allocator that is traced in a process.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Allocator {
+    /// `glibc`, `musl`, `jemalloc`, ...
+    pub family: String,
+    /// The file that holds it, as the process sees it.
+    pub path: String,
+    pub build_id: Option<String>,
+    /// The functions that are traced.
+    pub functions: Vec<String>,
+}
+
+/// How a traced process ended. For a process that is not leaktrace's child the status is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ProcessEnd {
+    /// Seconds after the start of tracing.
+    pub at_s: f64,
+    pub exit_code: Option<i32>,
+    pub signal: Option<i32>,
+}
+
+/// A call stack that allocates.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stack {
+    /// The same for the same return addresses of the same process; a string, since JSON numbers end at 2^53.
+    pub id: String,
+    pub verdict: StackVerdict,
+    pub resource: Resource,
+    /// The function that was called, such as `malloc`.
+    pub op: Option<String>,
+    pub live_bytes: u64,
+    pub live_count: u64,
+    /// Bytes allocated since the start of tracing.
+    pub allocated_bytes: u64,
+    /// Bytes of these that were freed again.
+    pub freed_bytes: u64,
+    /// Age of the oldest live block, seconds.
+    pub oldest_age_s: Option<f64>,
+    pub growth: Growth,
+    /// Live bytes over time: (seconds since the start, bytes), in order of time.
+    pub series: Vec<(f64, u64)>,
+    /// Whether the outermost frame was reached.
+    pub complete: bool,
+    /// How the stack ended, and why there if it is not complete.
+    pub end: StackEnd,
+    /// Innermost first.
+    pub frames: Vec<Frame>,
+}
+
+/// Verdict on a call stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StackVerdict {
+    Growing,
+    Warming,
+    Plateau,
+    Spike,
+    Stable,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resource {
+    Heap,
+    Mmap,
+}
+
+/// How fast a stack's live bytes grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Growth {
+    pub bytes_per_s: Option<f64>,
+    /// The 95 % interval of `bytes_per_s`.
+    pub ci95: Option<[f64; 2]>,
+    /// How sure it is that the stack grows, 0 to 1.
+    pub confidence: Option<f64>,
+    /// Windows of time that this rests on.
+    pub windows: u32,
+}
+
+/// How a call stack ends, and why there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StackEnd {
+    Complete,
+    TooDeep,
+    BadRead,
+    NoFramePointer,
+    NoTable,
+    NoRow,
+    /// The kernel side told a reason that this version does not know.
+    Unknown,
+    /// The record with the addresses was lost.
+    Lost,
+}
+
+impl From<crate::decode::StackEnd> for StackEnd {
+    fn from(end: crate::decode::StackEnd) -> Self {
+        use crate::decode::StackEnd as From;
+        match end {
+            From::Complete => Self::Complete,
+            From::TooDeep => Self::TooDeep,
+            From::BadRead => Self::BadRead,
+            From::NoFramePointer => Self::NoFramePointer,
+            From::NoTable => Self::NoTable,
+            From::NoRow => Self::NoRow,
+            From::Unknown => Self::Unknown,
+        }
+    }
+}
+
+/// One frame of a call stack.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Frame {
+    /// Demangled; `null` where there is no name, then `reason` says why.
+    pub function: Option<String>,
+    /// Path of the file that the code is in, as the process sees it.
+    pub module: Option<String>,
+    pub build_id: Option<String>,
+    /// Offset of the code in that file, bytes.
+    pub offset: Option<u64>,
+    /// Source file.
+    pub file: Option<String>,
+    pub line: Option<u32>,
+    /// Whether the function was inlined into the next outer frame.
+    pub inlined: bool,
+    pub language: Option<String>,
+    /// Why there is no function name.
+    pub reason: Option<String>,
+}
+
+impl Report {
+    /// A report without processes, of a run that started now.
+    pub fn new(mode: Mode, host: Host) -> Self {
+        Self {
+            schema: SCHEMA.to_owned(),
+            tool: Tool::default(),
+            host,
+            started_at: Timestamp::now(),
+            duration_s: 0.0,
+            is_final: false,
+            ended: None,
+            mode,
+            events: 0,
+            events_per_s: None,
+            losses: BTreeMap::new(),
+            command: None,
+            processes: Vec::new(),
+        }
+    }
+
+    /// Whether a process leaks: what `--fail-on-leak` asks.
+    pub fn leaks(&self) -> bool {
+        self.processes.iter().any(|process| process.verdict == Verdict::Leaking)
+    }
+
+    /// Puts the worst first: processes by verdict, then growth, then live bytes; growing stacks by growth, before the
+    /// others by live bytes. The same report always comes out in the same order.
+    pub fn sort(&mut self) {
+        for process in &mut self.processes {
+            process.stacks.sort_by(Stack::worse);
+        }
+        self.processes.sort_by(|a, b| {
+            let growth = |p: &Process| p.growing_bytes_per_s.unwrap_or(0.0);
+            a.verdict
+                .cmp(&b.verdict)
+                .then_with(|| growth(b).total_cmp(&growth(a)))
+                .then_with(|| b.live_bytes.cmp(&a.live_bytes))
+                .then_with(|| a.pid.cmp(&b.pid))
+        });
+    }
+}
+
+impl Stack {
+    /// Orders stacks worst first.
+    pub fn worse(&self, other: &Self) -> Ordering {
+        let grows = |stack: &Self| stack.verdict == StackVerdict::Growing;
+        let rate = |stack: &Self| if grows(stack) { stack.growth.bytes_per_s.unwrap_or(0.0) } else { 0.0 };
+        Reverse(grows(self))
+            .cmp(&Reverse(grows(other)))
+            .then_with(|| rate(other).total_cmp(&rate(self)))
+            .then_with(|| other.live_bytes.cmp(&self.live_bytes))
+            .then_with(|| self.id.cmp(&other.id))
+    }
+}
+
+/// Made-up reports for the tests of the views.
+#[cfg(test)]
+pub mod sample;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    /// Every key of the contract is there under its name, with the type that it promises.
+    #[test]
+    fn keys_of_the_contract() {
+        let json: Value = serde_json::to_value(sample::leaking()).unwrap();
+        assert_eq!(json["schema"], "leaktrace.report/1");
+        for key in ["tool", "host", "started_at", "duration_s", "mode", "losses", "processes"] {
+            assert!(json.get(key).is_some(), "{key}");
+        }
+        assert_eq!(json["started_at"], "2026-01-02T03:04:05Z");
+        assert_eq!(json["mode"]["sampling"], "exact");
+        assert_eq!(json["mode"]["interval_bytes"], Value::Null);
+        assert_eq!(json["mode"]["unwinder"], "fp");
+        assert!(json["losses"].as_object().unwrap().values().all(|n| n.as_u64() > Some(0)));
+        let process = &json["processes"][0];
+        assert_eq!(process["verdict"], "leaking");
+        for key in [
+            "pid",
+            "comm",
+            "exe",
+            "cgroup",
+            "verdict",
+            "live_bytes",
+            "live_count",
+            "explained_growth_ratio",
+            "memory_limit_bytes",
+            "seconds_to_limit",
+            "allocators",
+            "stacks",
+        ] {
+            assert!(process.get(key).is_some(), "{key}");
+        }
+        for key in ["first_bytes", "last_bytes", "growth_bytes_per_s"] {
+            assert!(process["rss"].get(key).is_some(), "{key}");
+        }
+        let stack = &process["stacks"][0];
+        assert_eq!(stack["verdict"], "growing");
+        assert_eq!(stack["resource"], "heap");
+        for key in ["id", "live_bytes", "live_count", "allocated_bytes", "freed_bytes", "oldest_age_s", "complete"] {
+            assert!(stack.get(key).is_some(), "{key}");
+        }
+        for key in ["bytes_per_s", "confidence", "windows"] {
+            assert!(stack["growth"][key].is_number(), "{key}");
+        }
+        assert_eq!(stack["growth"]["ci95"].as_array().unwrap().len(), 2);
+        assert_eq!(stack["series"][0].as_array().unwrap().len(), 2);
+        let frame = &stack["frames"][0];
+        for key in ["function", "module", "build_id", "offset", "file", "line", "inlined", "language"] {
+            assert!(frame.get(key).is_some(), "{key}");
+        }
+    }
+
+    /// A report survives being written and read again, and what is unknown stays unknown.
+    #[test]
+    fn round_trip() {
+        for report in [sample::leaking(), sample::steady(), sample::warming()] {
+            let text = serde_json::to_string(&report).unwrap();
+            assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
+        }
+    }
+
+    /// A newer version's keys do not keep an older one from reading its report.
+    #[test]
+    fn unknown_keys_are_skipped() {
+        let mut json = serde_json::to_value(sample::leaking()).unwrap();
+        json["processes"][0]["of_the_future"] = 1.into();
+        assert!(serde_json::from_value::<Report>(json).is_ok());
+    }
+
+    /// Growing stacks come first, fastest first; the others by live bytes, whatever slope they have.
+    #[test]
+    fn worst_first() {
+        let mut report = sample::leaking();
+        let stacks = &mut report.processes[0].stacks;
+        stacks.reverse();
+        stacks[0].growth.bytes_per_s = Some(1e12);
+        report.sort();
+        let stacks = &report.processes[0].stacks;
+        let growing = stacks.iter().take_while(|s| s.verdict == StackVerdict::Growing).count();
+        assert_eq!(growing, 2);
+        assert!(stacks[0].growth.bytes_per_s > stacks[1].growth.bytes_per_s);
+        assert!(stacks[growing..].is_sorted_by(|a, b| a.live_bytes >= b.live_bytes));
+        assert!(stacks[growing..].iter().all(|s| s.verdict != StackVerdict::Growing));
+    }
+
+    /// Only a leaking process makes `--fail-on-leak` fail.
+    #[test]
+    fn fail_on_leak_asks_for_leaking() {
+        assert!(sample::leaking().leaks());
+        assert!(!sample::steady().leaks());
+        assert!(!sample::warming().leaks());
+    }
+}
