@@ -1,6 +1,7 @@
 //! The maps and read-only settings. Sizes given here are defaults; the loader overrides those that depend on the host.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
 use leak_common::{MissedFree, counter};
@@ -51,10 +52,6 @@ static MIN_SIZE: u64 = 0;
 /// Allocations above this many bytes are not followed.
 #[unsafe(no_mangle)]
 static MAX_SIZE: u64 = u64::MAX;
-/// Whether `bpf_ktime_get_coarse_ns` exists (5.11).
-#[unsafe(no_mangle)]
-static COARSE_CLOCK: u8 = 1;
-
 /// Reads a setting that the loader patches. Volatile, or the compiler would use the default; the verifier sees a
 /// constant all the same, since the map is frozen.
 macro_rules! setting {
@@ -70,17 +67,11 @@ pub fn size_is_followed(size: u64) -> bool {
     size >= setting!(MIN_SIZE) && size <= setting!(MAX_SIZE)
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`. The coarse clock (resolution of a tick) costs a fifth of the fine one, and windows
-/// are a second long.
+/// Nanoseconds of `CLOCK_MONOTONIC`. (The coarse clock is not for tracing programs.)
 #[inline(always)]
 pub fn now() -> u64 {
-    if setting!(COARSE_CLOCK) != 0 {
-        // SAFETY: no arguments.
-        unsafe { aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns() }
-    } else {
-        // SAFETY: no arguments.
-        unsafe { aya_ebpf::helpers::generated::bpf_ktime_get_ns() }
-    }
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Adds to a cell that other CPUs, or a preempting program, may add to as well.

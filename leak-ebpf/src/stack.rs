@@ -67,8 +67,9 @@ fn read_piece(walk: &mut Walk, address: u64) -> bool {
     };
     walk.base = address;
     // SAFETY: length is at most PIECE, which piece holds; a bad address is an error result.
-    let result =
-        unsafe { bpf_probe_read_user(walk.piece.as_mut_ptr().cast::<c_void>(), length as u32, address as *const c_void) };
+    let result = unsafe {
+        bpf_probe_read_user(walk.piece.as_mut_ptr().cast::<c_void>(), length as u32, address as *const c_void)
+    };
     walk.length = if result == 0 { length } else { 0 };
     result == 0
 }

@@ -1,1 +1,100 @@
-//! To be written.
+//! What the kernel side lost or found odd, and the frees that found the ring full.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use leak_common::counter;
+
+use crate::attach::{Programs, lookup_and_delete};
+
+/// A free whose record found the ring full; its address was kept aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MissedFree {
+    pub tgid: u32,
+    pub addr: u64,
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub time: u64,
+}
+
+/// Names of the counters in the report, with their slots.
+pub const NAMES: [(&str, u32); 12] = [
+    ("allocations_ring_full", counter::RING_FULL_ALLOC),
+    ("frees_ring_full", counter::RING_FULL_FREE),
+    ("frees_lost", counter::FREE_LOST),
+    ("stacks_ring_full", counter::RING_FULL_STACK),
+    ("others_ring_full", counter::RING_FULL_OTHER),
+    ("threads_full", counter::THREADS_FULL),
+    ("calls_abandoned", counter::ABANDONED),
+    ("calls_nested", counter::NESTED),
+    ("allocations_failed", counter::FAILED),
+    ("returns_unpaired", counter::UNPAIRED_RETURN),
+    ("sizes_overflowed", counter::OVERFLOWED),
+    ("results_unreadable", counter::BAD_RESULT),
+];
+
+/// The kernel side's counters and its overflow map.
+pub struct Losses {
+    counters: PerCpuArray<MapData, u64>,
+    missed: HashMap<MapData, [u8; 16], u64>,
+    missed_fd: OwnedFd,
+}
+
+impl Losses {
+    /// Those of these programs; they can be taken once.
+    pub fn take(programs: &mut Programs) -> Result<Self> {
+        let missed = programs.take_map("MISSED")?;
+        let missed_fd = match &missed {
+            Map::HashMap(data) => data.fd().as_fd().try_clone_to_owned()?,
+            other => bail!("MISSED is not a hash map: {other:?}"),
+        };
+        Ok(Self {
+            counters: PerCpuArray::try_from(programs.take_map("COUNTERS")?)?,
+            missed: HashMap::try_from(missed)?,
+            missed_fd,
+        })
+    }
+
+    /// One counter, summed over the CPUs.
+    pub fn get(&self, slot: u32) -> u64 {
+        self.counters.get(&slot, 0).map_or(0, |values| values.iter().sum())
+    }
+
+    /// All counters by name; zeros included.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        NAMES.iter().map(|(name, slot)| ((*name).to_owned(), self.get(*slot))).collect()
+    }
+
+    /// Takes the kept addresses out of the overflow map.
+    pub fn drain_missed(&mut self) -> Vec<MissedFree> {
+        let keys: Vec<[u8; 16]> = self.missed.keys().filter_map(Result::ok).collect();
+        keys.into_iter()
+            .filter_map(|key| {
+                let time = self.take_missed(&key)?;
+                // The key is `leak_common::MissedFree`: tgid, four reserved bytes, address.
+                let (tgid, addr) = (key.first_chunk::<4>()?, key.last_chunk::<8>()?);
+                Some(MissedFree { tgid: u32::from_ne_bytes(*tgid), addr: u64::from_ne_bytes(*addr), time })
+            })
+            .collect()
+    }
+
+    /// Removes one kept address and says when it was freed last. Reading and removing must be one step: an address that is
+    /// handed out and freed once more in between would otherwise lose that free. Kernels that cannot (before 5.14) get the
+    /// time of the removal, which is no earlier than any free that was kept: a newer block may be forgotten, none is
+    /// invented.
+    fn take_missed(&mut self, key: &[u8; 16]) -> Option<u64> {
+        let mut time = [0_u8; 8];
+        match lookup_and_delete(self.missed_fd.as_fd(), key, &mut time) {
+            Ok(taken) => taken.map(|()| u64::from_ne_bytes(time)),
+            Err(_) => self.missed.remove(key).ok().map(|()| monotonic_now()),
+        }
+    }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+pub fn monotonic_now() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    now.as_nanos() as u64
+}

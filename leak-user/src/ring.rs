@@ -1,1 +1,148 @@
-//! To be written.
+//! Takes records out of the BPF ring buffer, in the order in which the kernel handed out their places.
+//!
+//! aya's consumer tells the kernel its position after each record. The kernel reads that position at each reservation, so
+//! the cache line would travel between the two CPUs once a record; here it is written once a batch. The layout is that of
+//! `kernel/bpf/ringbuf.c`: a page with the consumer's position, a page with the producer's, then the data, mapped twice in
+//! a row so that a record which wraps around is in one piece.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::Map;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::attach::Programs;
+
+const BUSY: u32 = 1 << 31;
+const DISCARD: u32 = 1 << 30;
+const HEADER: u64 = 8;
+
+/// How many bytes are taken before the kernel is told, so that it has room again: small against the ring.
+const BATCH_BYTES: u64 = 128 << 10;
+
+/// The consumer's end of a ring buffer.
+pub struct Ring {
+    consumer: Mapping,
+    producer: Mapping,
+    data_offset: usize,
+    size: u64,
+    position: u64,
+    /// Keeps the map alive.
+    _map: aya::maps::MapData,
+}
+
+struct Mapping {
+    start: NonNull<libc::c_void>,
+    length: usize,
+}
+
+// SAFETY: memory shared with the kernel, reached only through atomics and through `Ring`'s `&mut self` methods.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    fn new(fd: BorrowedFd<'_>, length: usize, offset: usize, prot: ProtFlags) -> Result<Self> {
+        let length_nonzero = NonZeroUsize::new(length).context("empty mapping")?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { mmap(None, length_nonzero, prot, MapFlags::MAP_SHARED, fd, offset as i64) }
+            .context("failed to map the ring buffer")?;
+        Ok(Self { start, length })
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: the first word of a live mapping, page aligned.
+        unsafe { self.start.cast::<AtomicU64>().as_ref() }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and unmapped once.
+        let result = unsafe { munmap(self.start, self.length) };
+        debug_assert!(result.is_ok(), "munmap of a mapping of ours");
+    }
+}
+
+impl Ring {
+    /// The ring of these programs; it can be taken once.
+    pub fn take(programs: &mut Programs, size: u32) -> Result<Self> {
+        let Map::RingBuf(map) = programs.take_map("EVENTS")? else { bail!("EVENTS is not a ring buffer") };
+        let page = page_size();
+        let fd = map.fd().as_fd();
+        let consumer = Mapping::new(fd, page, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let producer = Mapping::new(fd, page + 2 * size as usize, page, ProtFlags::PROT_READ)?;
+        let position = consumer.word().load(Ordering::Acquire);
+        Ok(Self { consumer, producer, data_offset: page, size: u64::from(size), position, _map: map })
+    }
+
+    /// Bytes that wait to be taken.
+    pub fn pending(&self) -> u64 {
+        self.producer.word().load(Ordering::Acquire).wrapping_sub(self.position)
+    }
+
+    /// The ring's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Hands records to `each`, oldest first, up to those that were there at the time of the call. Ends early at a record
+    /// that is still being written. Returns how many there were.
+    pub fn drain(&mut self, mut each: impl FnMut(&[u8])) -> u64 {
+        let end = self.producer.word().load(Ordering::Acquire);
+        let mut records = 0;
+        let mut told = self.position;
+        while self.position < end {
+            let Some(record) = self.next(end) else { break };
+            if let Some(record) = record {
+                each(record);
+                records += 1;
+            }
+            if self.position - told >= BATCH_BYTES {
+                self.consumer.word().store(self.position, Ordering::Release);
+                told = self.position;
+            }
+        }
+        self.consumer.word().store(self.position, Ordering::Release);
+        records
+    }
+
+    /// The next record, `Some(None)` for a discarded one, `None` where it is still being written.
+    fn next(&mut self, end: u64) -> Option<Option<&[u8]>> {
+        let at = self.data_offset + (self.position & (self.size - 1)) as usize;
+        // SAFETY: at is within the first copy of the data, aligned to eight bytes as all positions are.
+        let header = unsafe { self.producer.start.byte_add(at).cast::<AtomicU32>().as_ref() }.load(Ordering::Acquire);
+        if header & BUSY != 0 {
+            return None;
+        }
+        let length = u64::from(header & !(BUSY | DISCARD));
+        let next = self.position + HEADER + length.next_multiple_of(8);
+        if next > end || length > self.size {
+            // The kernel does not write such a header; not to be read past the end if it did.
+            return None;
+        }
+        self.position = next;
+        if header & DISCARD != 0 {
+            return Some(None);
+        }
+        // SAFETY: the record lies between consumer and producer position, both copies of the data are mapped, and the
+        // kernel does not write there again before the position that is told to it has passed.
+        let record =
+            unsafe { std::slice::from_raw_parts(self.producer.start.byte_add(at + HEADER as usize).cast().as_ptr(), length as usize) };
+        Some(Some(record))
+    }
+}
+
+/// Bytes in a page of this host.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no arguments that could be wrong.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+/// The size that a ring of at least `bytes` must have: a power of two and a multiple of the page size.
+pub fn ring_size(bytes: u32) -> io::Result<u32> {
+    let page = u32::try_from(page_size()).map_err(io::Error::other)?;
+    bytes.max(page).checked_next_power_of_two().ok_or_else(|| io::Error::other(format!("a ring of {bytes} bytes")))
+}

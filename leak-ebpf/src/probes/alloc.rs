@@ -1,11 +1,13 @@
 //! The allocator's functions. `session` stands at all of them where the kernel has session links; `enter_any` and
 //! `leave_any` where it has multi-uprobe links; one `enter_*` a shape and `leave_any` elsewhere.
 
+use core::ffi::c_void;
+
+use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::bpf_probe_read_user;
 use aya_ebpf::helpers::generated::{bpf_get_attach_cookie, bpf_get_func_ip};
 use aya_ebpf::macros::uprobe;
 use aya_ebpf::programs::ProbeContext;
-use aya_ebpf::EbpfContext;
 use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 
 use crate::emit::{emit, emit_free, header, missed_free};
@@ -218,9 +220,12 @@ fn shape(ctx: &ProbeContext) -> u8 {
     (unsafe { bpf_get_attach_cookie(ctx.as_ptr()) }) as u8
 }
 
-/// Entry and return of every function, on one session link (6.13).
-#[uprobe]
-fn session(ctx: ProbeContext) -> u32 {
+/// Entry and return of every function, on one session link (6.13). Without aya's macro, which would answer 0 whatever the
+/// function does.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+extern "C" fn session(ctx: *mut c_void) -> u32 {
+    let ctx = ProbeContext::new(ctx);
     if is_return(&ctx) { leave(&ctx) } else { enter_shape(&ctx, shape(&ctx)) }
 }
 

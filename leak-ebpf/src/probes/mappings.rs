@@ -100,11 +100,8 @@ fn sys_exit(ctx: RawTracePointContext) -> u32 {
             }
         }
         nr::MUNMAP if failed => {
-            let end = UnmapEnd {
-                header: header(kind::UNMAP_FAILED, op::MAPPING, 0, ids.tgid),
-                tid: ids.tid,
-                reserved: 0,
-            };
+            let end =
+                UnmapEnd { header: header(kind::UNMAP_FAILED, op::MAPPING, 0, ids.tgid), tid: ids.tid, reserved: 0 };
             emit(end, counter::RING_FULL_OTHER);
         }
         nr::MREMAP if !in_allocator => {

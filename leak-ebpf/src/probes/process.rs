@@ -23,8 +23,7 @@ fn process_exec(ctx: RawTracePointContext) -> u32 {
     let _ = THREADS.remove(ids.tid);
     raise_generation();
     debug!(&ctx, "exec in process {}", ids.tgid);
-    let process =
-        Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
+    let process = Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
     emit(process, counter::RING_FULL_OTHER);
     0
 }
@@ -39,8 +38,7 @@ fn process_exit(_ctx: RawTracePointContext) -> u32 {
     // A thread that never allocated has no entry.
     let _ = THREADS.remove(ids.tid);
     if ids.tid == ids.tgid {
-        let process =
-            Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
+        let process = Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
         emit(process, counter::RING_FULL_OTHER);
     }
     0

@@ -1,0 +1,291 @@
+//! The bpf(2) and `perf_event_open(2)` calls that aya does not make: programs with an expected attach type for uprobes,
+//! multi-uprobe and session links, and perf events that stay open in their own descriptor.
+
+use std::ffi::{CString, c_long};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_info, bpf_prog_type};
+
+/// How a uprobe program will be attached; the kernel wants to know at load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UprobeKind {
+    /// A perf event, at one place (all kernels).
+    Perf,
+    /// Many places on one link (6.6).
+    Multi,
+    /// The same, running one program at entry and at return (6.13).
+    Session,
+}
+
+impl UprobeKind {
+    fn attach_type(self) -> u32 {
+        match self {
+            Self::Perf => 0,
+            Self::Multi => bpf_attach_type::BPF_TRACE_UPROBE_MULTI as u32,
+            // BPF_TRACE_UPROBE_SESSION is newer than aya-obj's bindings (include/uapi/linux/bpf.h, v6.13).
+            Self::Session => 57,
+        }
+    }
+}
+
+/// A program as it comes out of the object file, relocated.
+pub struct Program<'a> {
+    pub name: &'a str,
+    pub instructions: &'a [bpf_insn],
+    pub license: &'a CString,
+    pub kind: UprobeKind,
+    /// Needed by programs that pass a callback to `bpf_loop`: the kernel checks the callback's type.
+    pub btf: Option<BorrowedFd<'a>>,
+    pub func_info: Vec<u8>,
+    pub func_info_size: usize,
+}
+
+fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<c_long> {
+    // SAFETY: attr is a valid, zero-padded bpf_attr of the size given; pointers in it were made from live references by
+    // the callers in this file.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command as c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: a union of plain integers, for which zero is a valid value.
+    unsafe { std::mem::zeroed() }
+}
+
+fn fd(raw: c_long) -> OwnedFd {
+    // SAFETY: the system call just returned this descriptor and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(raw as i32) }
+}
+
+/// Loads a uprobe program. The error carries the end of the verifier's log.
+pub fn load_program(program: &Program<'_>) -> io::Result<OwnedFd> {
+    let attempt = |log: &mut [u8]| {
+        let mut attr = zeroed();
+        // SAFETY: this is the union's member for BPF_PROG_LOAD, and all of it is zero.
+        let load = unsafe { &mut attr.__bindgen_anon_3 };
+        load.prog_type = bpf_prog_type::BPF_PROG_TYPE_KPROBE as u32;
+        load.expected_attach_type = program.kind.attach_type();
+        load.insns = program.instructions.as_ptr() as u64;
+        load.insn_cnt = program.instructions.len() as u32;
+        load.license = program.license.as_ptr() as u64;
+        for (to, from) in load.prog_name.iter_mut().take(15).zip(program.name.bytes()) {
+            *to = from as _;
+        }
+        if let Some(btf) = program.btf {
+            load.prog_btf_fd = btf.as_raw_fd() as u32;
+            load.func_info = program.func_info.as_ptr() as u64;
+            load.func_info_rec_size = program.func_info_size as u32;
+            load.func_info_cnt = (program.func_info.len() / program.func_info_size.max(1)) as u32;
+        }
+        if !log.is_empty() {
+            load.log_level = 1;
+            load.log_buf = log.as_mut_ptr() as u64;
+            load.log_size = log.len() as u32;
+        }
+        bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr).map(fd)
+    };
+    attempt(&mut []).or_else(|error| {
+        if error.raw_os_error() == Some(libc::EPERM) {
+            return Err(error);
+        }
+        let mut log = vec![0_u8; 16 << 20];
+        attempt(&mut log).map_err(|error| {
+            let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+            let text = String::from_utf8_lossy(&log[..end]);
+            let lines: Vec<&str> = text.lines().rev().take(12).collect();
+            let tail: Vec<&str> = lines.into_iter().rev().collect();
+            io::Error::new(error.kind(), format!("{error}; the verifier says: {}", tail.join(" | ")))
+        })
+    })
+}
+
+/// Loads BTF.
+pub fn load_btf(btf: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    // SAFETY: this is the union's member for BPF_BTF_LOAD, and all of it is zero.
+    let load = unsafe { &mut attr.__bindgen_anon_7 };
+    load.btf = btf.as_ptr() as u64;
+    load.btf_size = btf.len() as u32;
+    bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr).map(fd)
+}
+
+/// One link over many places of a file, for one process (0: every process).
+pub fn link_uprobe_multi(
+    program: BorrowedFd<'_>,
+    kind: UprobeKind,
+    file: &Path,
+    offsets: &[u64],
+    cookies: &[u64],
+    tgid: u32,
+    at_return: bool,
+) -> io::Result<OwnedFd> {
+    assert!(cookies.is_empty() || cookies.len() == offsets.len(), "a cookie for each place");
+    let path = CString::new(file.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    // SAFETY: this is the union's member for BPF_LINK_CREATE, and all of it is zero.
+    let link = unsafe { &mut attr.link_create };
+    link.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    link.attach_type = kind.attach_type();
+    // SAFETY: this is the member that the attach type selects.
+    let multi = unsafe { &mut link.__bindgen_anon_3.uprobe_multi };
+    multi.path = path.as_ptr() as u64;
+    multi.offsets = offsets.as_ptr() as u64;
+    multi.cookies = if cookies.is_empty() { 0 } else { cookies.as_ptr() as u64 };
+    multi.cnt = offsets.len() as u32;
+    multi.pid = tgid;
+    // BPF_F_UPROBE_MULTI_RETURN
+    multi.flags = u32::from(at_return);
+    bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(fd)
+}
+
+/// A uprobe as a perf event with the program on it; detached when the descriptor is closed.
+pub fn perf_uprobe(
+    program: BorrowedFd<'_>,
+    file: &Path,
+    offset: u64,
+    tgid: u32,
+    at_return: bool,
+) -> io::Result<OwnedFd> {
+    let path = CString::new(file.as_os_str().as_bytes())?;
+    let mut attr = [0_u64; 16];
+    // struct perf_event_attr, PERF_ATTR_SIZE_VER6: type and size, config, sample_period, ..., config1 (uprobe_path) at
+    // byte 56, config2 (probe_offset) at byte 64 (include/uapi/linux/perf_event.h).
+    attr[0] = u64::from(uprobe_type()?) | (120 << 32);
+    attr[1] = if at_return { return_bit()? } else { 0 };
+    attr[2] = 1;
+    attr[7] = path.as_ptr() as u64;
+    attr[8] = offset;
+    let pid = if tgid == 0 { -1 } else { tgid as i32 };
+    let cpu = if tgid == 0 { 0 } else { -1 };
+    // SAFETY: attr is longer than the size it states, and the path outlives the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_perf_event_open, attr.as_ptr(), pid, cpu, -1, PERF_FLAG_FD_CLOEXEC)
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let event = fd(result);
+    for (request, argument) in [(PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()), (PERF_EVENT_IOC_ENABLE, 0)] {
+        // SAFETY: both requests take an integer.
+        if unsafe { libc::ioctl(event.as_raw_fd(), request, argument) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(event)
+}
+
+const PERF_FLAG_FD_CLOEXEC: u64 = 8;
+const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
+const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408;
+
+/// The perf event type of uprobes, which the kernel assigns at boot.
+fn uprobe_type() -> io::Result<u32> {
+    parse_sysfs("/sys/bus/event_source/devices/uprobe/type", "")
+}
+
+/// The bit of `config` that asks for the return.
+fn return_bit() -> io::Result<u64> {
+    let bit: u32 = parse_sysfs("/sys/bus/event_source/devices/uprobe/format/retprobe", "config:")?;
+    Ok(1 << bit.min(63))
+}
+
+fn parse_sysfs(path: &str, prefix: &str) -> io::Result<u32> {
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, format!("{path} holds no number"));
+    let text = fs::read_to_string(path)?;
+    text.trim().strip_prefix(prefix).and_then(|number| number.parse().ok()).ok_or_else(invalid)
+}
+
+/// Takes an entry out of a hash map in one step (5.14 for hash maps): `None` if it is absent.
+pub fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<Option<()>> {
+    let mut attr = zeroed();
+    // SAFETY: this is the union's member for element commands, and all of it is zero.
+    let element = unsafe { &mut attr.__bindgen_anon_2 };
+    element.map_fd = map.as_raw_fd() as u32;
+    element.key = key.as_ptr() as u64;
+    element.__bindgen_anon_1.value = value.as_mut_ptr() as u64;
+    match bpf(bpf_cmd::BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) {
+        Ok(_) => Ok(Some(())),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// How often a program ran and how long that took, with `kernel.bpf_stats_enabled`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunTime {
+    pub nanoseconds: u64,
+    pub runs: u64,
+}
+
+/// Reads a program's run time.
+pub fn run_time(program: BorrowedFd<'_>) -> io::Result<RunTime> {
+    // SAFETY: plain integers, for which zero is a valid value.
+    let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+    let mut attr = zeroed();
+    attr.info.bpf_fd = program.as_raw_fd() as u32;
+    attr.info.info_len = size_of::<bpf_prog_info>() as u32;
+    attr.info.info = std::ptr::from_mut(&mut info) as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(RunTime { nanoseconds: info.run_time_ns, runs: info.run_cnt })
+}
+
+/// What this kernel can link, found by trying to link: loading a program with an attach type that the kernel does not
+/// know succeeds (measured on 5.10 and 6.1), so that would be no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkSupport {
+    pub multi: bool,
+    pub session: bool,
+}
+
+impl LinkSupport {
+    /// Probes the running kernel on this process's own executable.
+    pub fn probe() -> Self {
+        Self { multi: links(UprobeKind::Multi), session: links(UprobeKind::Session) }
+    }
+
+    /// The best kind there is.
+    pub fn best(self) -> UprobeKind {
+        if self.session {
+            UprobeKind::Session
+        } else if self.multi {
+            UprobeKind::Multi
+        } else {
+            UprobeKind::Perf
+        }
+    }
+}
+
+/// Whether a link of this kind can be made. As in libbpf's `probe_uprobe_multi_link`, the file is one that cannot hold
+/// uprobes: a kernel that knows the link looks at the file and answers EBADF, one that does not answers EINVAL.
+fn links(kind: UprobeKind) -> bool {
+    let license = c"Dual MIT/GPL".to_owned();
+    // r0 = 0; exit
+    let mut instructions: [bpf_insn; 2] = [
+        // SAFETY: plain integers, for which zero is a valid value.
+        unsafe { std::mem::zeroed() },
+        // SAFETY: as above.
+        unsafe { std::mem::zeroed() },
+    ];
+    instructions[0].code = 0xb7;
+    instructions[1].code = 0x95;
+    let program = Program {
+        name: "leak_probe",
+        instructions: &instructions,
+        license: &license,
+        kind,
+        btf: None,
+        func_info: Vec::new(),
+        func_info_size: 0,
+    };
+    let Ok(program) = load_program(&program) else {
+        return false;
+    };
+    match link_uprobe_multi(program.as_fd(), kind, Path::new("/"), &[0], &[], 0, false) {
+        Ok(_) => true,
+        Err(error) => error.raw_os_error() == Some(libc::EBADF),
+    }
+}
