@@ -129,8 +129,12 @@ impl Ring {
         }
         // SAFETY: the record lies between consumer and producer position, both copies of the data are mapped, and the
         // kernel does not write there again before the position that is told to it has passed.
-        let record =
-            unsafe { std::slice::from_raw_parts(self.producer.start.byte_add(at + HEADER as usize).cast().as_ptr(), length as usize) };
+        let record = unsafe {
+            std::slice::from_raw_parts(
+                self.producer.start.byte_add(at + HEADER as usize).cast().as_ptr(),
+                length as usize,
+            )
+        };
         Some(Some(record))
     }
 }

@@ -164,7 +164,8 @@ impl Programs {
             UprobeKind::Multi => self.attach_multi(tgid, places, &[("leave_any", true), ("enter_any", false)]),
             UprobeKind::Perf => self.attach_perf(tgid, places),
         };
-        links.map(|links| Probes { links })
+        links
+            .map(|links| Probes { links })
             .with_context(|| format!("failed to put probes into {} for pid {tgid}", places.file.display()))
     }
 
@@ -239,7 +240,9 @@ fn load_uprobes(ebpf: &Ebpf, kind: UprobeKind) -> Result<HashMap<&'static str, O
     };
     let mut object = Object::parse(OBJECT).context("failed to parse the BPF object")?;
     let btf = match aya::features().btf() {
-        Some(features) => object.fixup_and_sanitize_btf(features)?.map(|btf| sys::load_btf(&btf.to_bytes())).transpose(),
+        Some(features) => {
+            object.fixup_and_sanitize_btf(features)?.map(|btf| sys::load_btf(&btf.to_bytes())).transpose()
+        }
         None => Ok(None),
     }
     .context("failed to load the BPF type information")?;

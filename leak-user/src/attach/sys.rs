@@ -47,7 +47,8 @@ pub struct Program<'a> {
 fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<c_long> {
     // SAFETY: attr is a valid, zero-padded bpf_attr of the size given; pointers in it were made from live references by
     // the callers in this file.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command as c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command as c_long, std::ptr::from_mut(attr), size_of::<bpf_attr>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -162,9 +163,7 @@ pub fn perf_uprobe(
     let pid = if tgid == 0 { -1 } else { tgid as i32 };
     let cpu = if tgid == 0 { 0 } else { -1 };
     // SAFETY: attr is longer than the size it states, and the path outlives the call.
-    let result = unsafe {
-        libc::syscall(libc::SYS_perf_event_open, attr.as_ptr(), pid, cpu, -1, PERF_FLAG_FD_CLOEXEC)
-    };
+    let result = unsafe { libc::syscall(libc::SYS_perf_event_open, attr.as_ptr(), pid, cpu, -1, PERF_FLAG_FD_CLOEXEC) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
