@@ -55,7 +55,7 @@ fn score_variance(values: &[f64]) -> f64 {
     let term = |t: f64| t * (t - 1.0) * (2.0 * t + 5.0);
     let mut sorted = values.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
-    let ties: f64 = sorted.chunk_by(|a, b| a == b).map(|tied| term(tied.len() as f64)).sum();
+    let ties: f64 = sorted.chunk_by(|a, b| a.total_cmp(b).is_eq()).map(|tied| term(tied.len() as f64)).sum();
     (term(values.len() as f64) - ties) / 18.0
 }
 
