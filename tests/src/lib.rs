@@ -1,1 +1,20 @@
-//! Shared parts of the end-to-end tests.
+//! What the end-to-end tests, the demo and the bench stand on: fixtures that know their own truth, a runner for the leaktrace
+//! binary, and questions to the host.
+//!
+//! The tests themselves are in `tests/tests`. Everything that is started here is ended by its `Drop`, and ends by itself when this
+//! process dies: a fixture reads commands and leaves when its standard input closes.
+
+mod compile;
+mod fixture;
+pub mod host;
+mod leaktrace;
+mod lines;
+
+pub use compile::{Program, target_dir};
+pub use fixture::{Builder, Fixture};
+pub use leaktrace::{BINARY_VARIABLE, Leaktrace, Outcome, Running, has_frame, live_in, stacks};
+
+use std::time::Duration;
+
+/// How long anything may take that should answer at once, on a busy machine with two cores.
+pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -1,1 +1,53 @@
-fn main() {}
+//! `cargo xtask`: the commands of this repository.
+//!
+//! Each command first sets up what it needs, so that a fresh clone takes one command. What set-up brings stays in the
+//! workspace's own target folder.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod process;
+mod run;
+mod setup;
+mod test;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Set up, run and test leaktrace", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Bring what the build needs and this machine lacks: rust-src, and a bpf-linker that matches the toolchain
+    Setup,
+    /// Build leaktrace and run it with the arguments after `--`; without any, trace the bundled leaking demo for 30 s
+    Run {
+        /// Arguments for leaktrace
+        #[arg(last = true)]
+        args: Vec<OsString>,
+    },
+    /// Check the formatting and the lints
+    Lint,
+    /// Check formatting and lints, then run every test, those with real probes included
+    Test {
+        /// Run only tests whose names contain one of these, and no formatting or lint check
+        filters: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Task::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
+        Task::Run { args } => run::run(&args),
+        Task::Lint => test::lint().map(|()| ExitCode::SUCCESS),
+        Task::Test { filters } => test::test(&filters),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,147 @@
+//! `cargo xtask test` and `lint`: all that is checked before a change lands.
+//!
+//! The tests themselves decide whether they can run (see `leaktrace_tests::host`); here what they need is brought as far as this
+//! user may, and said where it cannot be had.
+
+use std::env;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result};
+use leaktrace_tests::{host, target_dir};
+
+use crate::process::{capture, cargo, check, exit_code, find_in_path, is_root, root};
+use crate::run::build;
+use crate::setup::setup;
+
+/// What leak-ebpf is built with, on top of what its target says.
+const BPF_TARGET: &str = "bpfel-unknown-none";
+
+/// Programs that tests run as targets or compare with, and the Debian packages that bring them.
+const SYSTEM_PROGRAMS: [(&str, &str); 4] =
+    [("c++", "g++"), ("python3", "python3"), ("sqlite3", "sqlite3"), ("gdb", "gdb")];
+
+/// Checks formatting and lints, host and BPF side.
+pub fn lint() -> Result<()> {
+    setup()?;
+    check(cargo().args(["fmt", "--all", "--check"]), "find the code formatted (run `cargo fmt --all`)")?;
+    check(
+        cargo()
+            .args(["clippy", "--workspace", "--exclude", "leak-ebpf", "--all-targets", "--quiet", "--"])
+            .args(["-D", "warnings"]),
+        "pass clippy",
+    )?;
+    check(
+        cargo()
+            .args(["clippy", "--package", "leak-ebpf", "--release", "--quiet", "--target", BPF_TARGET])
+            .args(["-Z", "build-std=core"])
+            .arg("--target-dir")
+            .arg(root().join("target/bpf/lint"))
+            .args(["--", "-D", "warnings"])
+            .env("RUSTC_BOOTSTRAP", "1"),
+        "pass clippy for the BPF programs",
+    )
+}
+
+/// Sets up, checks and tests; the exit code is cargo test's.
+pub fn test(filters: &[String]) -> Result<ExitCode> {
+    if filters.is_empty() {
+        lint()?;
+    } else {
+        setup()?;
+    }
+    let leaktrace = build()?;
+    bring_system_programs();
+
+    let skipped = target_dir()?.join("skipped-tests");
+    if let Err(error) = fs::remove_file(&skipped)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error).with_context(|| format!("failed to remove {}", skipped.display()));
+    }
+    let mut tests = cargo();
+    tests
+        .args(["test", "--workspace", "--exclude", "leak-ebpf", "--no-fail-fast"])
+        // Otherwise end-to-end tests would trace with the slow development build.
+        .env(leaktrace_tests::BINARY_VARIABLE, leaktrace)
+        .env(host::SKIP_LOG_VARIABLE, &skipped)
+        .stdin(Stdio::null());
+    if !filters.is_empty() {
+        tests.arg("--").args(filters);
+    }
+    let runner = if is_root() { None } else { sudo_runner()? };
+    match host::kernel_tests_possible() {
+        // Where everything is there, a test that skips itself is a test that does not work.
+        Ok(()) => {
+            tests.env(host::REQUIRE_VARIABLE, "1");
+        }
+        Err(_) if runner.is_some() => {
+            eprintln!("test: not root; the tests run under sudo");
+        }
+        Err(why) => eprintln!("test: the tests with real probes cannot run and will be skipped: {why}"),
+    }
+    if let Some((name, value)) = runner {
+        tests.env(name, value);
+    }
+    let status = tests.status().context("failed to start cargo test")?;
+    report_skipped(&skipped);
+    Ok(exit_code(status))
+}
+
+/// Installs the system programs that tests want, where that takes no question: as root, with apt. Elsewhere, and where
+/// it fails, the tests that need them say so.
+fn bring_system_programs() {
+    let missing: Vec<_> = SYSTEM_PROGRAMS.iter().filter(|(program, _)| find_in_path(program).is_none()).collect();
+    if missing.is_empty() {
+        return;
+    }
+    let packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
+    if !is_root() || find_in_path("apt-get").is_none() {
+        eprintln!("test: some tests need programs that are not installed: {}", packages.join(", "));
+        return;
+    }
+    eprintln!("test: installing {}", packages.join(", "));
+    let apt_get = |args: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).env("DEBIAN_FRONTEND", "noninteractive");
+        check(&mut command, "run apt-get")
+    };
+    let install: Vec<&str> =
+        ["install", "--yes", "--quiet", "--no-install-recommends"].into_iter().chain(packages).collect();
+    // The package lists of a fresh machine are often empty or old.
+    if let Err(error) = apt_get(&["update", "--quiet"]).and_then(|()| apt_get(&install)) {
+        eprintln!("test: {error:#}; the tests that need them will say so");
+    }
+}
+
+/// The setting that makes cargo run each test under sudo, if sudo asks for no password.
+fn sudo_runner() -> Result<Option<(String, String)>> {
+    let works = Command::new("sudo")
+        .args(["-n", "true"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !works {
+        return Ok(None);
+    }
+    let version = capture(Command::new("rustc").arg("-vV").current_dir(root()))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("failed to find rustc's host")?;
+    let name = format!("CARGO_TARGET_{}_RUNNER", host.to_uppercase().replace('-', "_"));
+    // sudo replaces PATH even with -E, and cargo cuts the runner at spaces.
+    let path = env::var("PATH").unwrap_or_default();
+    let keep_path = if path.contains(char::is_whitespace) { String::new() } else { format!(" env PATH={path}") };
+    Ok(Some((name, format!("sudo -n -E{keep_path}"))))
+}
+
+/// Says which tests did not run, and why; nothing where all did.
+fn report_skipped(log: &Path) {
+    let Ok(text) = fs::read_to_string(log) else { return };
+    let lines: Vec<&str> = text.lines().collect();
+    eprintln!("\n{} tests were skipped:", lines.len());
+    for line in lines {
+        eprintln!("  {line}");
+    }
+}
