@@ -6,6 +6,7 @@
 //! built is left to leak-user's build script.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -137,15 +138,24 @@ fn bpf_linker(toolchain: &Toolchain) -> Result<()> {
         .arg("--target-dir")
         .arg(&build)
         .env("LLVM_PREFIX", &prefix)
+        // cargo would advise to add the folder to PATH, which nobody needs.
+        .env("PATH", path_with(&tools.join("bin"))?)
         .env("CARGO_ENCODED_RUSTFLAGS", format!("-Clink-arg=-Wl,-rpath,{}", lib.display()));
     // A build for another target, or one under clippy or a wrapper, is not what is wanted of a tool.
     for name in ["CARGO_BUILD_TARGET", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"] {
         install.env_remove(name);
     }
     check(&mut install, "build bpf-linker")?;
-    check(Command::new(&linker).arg("--version"), "run the bpf-linker that was just built")?;
+    capture(Command::new(&linker).arg("--version")).context("failed to try the bpf-linker that was just built")?;
     fs::remove_dir_all(&build).with_context(|| format!("failed to remove {}", build.display()))?;
     fs::write(&stamp, wanted).with_context(|| format!("failed to write {}", stamp.display()))
+}
+
+/// This process's PATH with `folder` at its end.
+fn path_with(folder: &Path) -> Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::join_paths(env::split_paths(&path).chain([folder.to_path_buf()]))
+        .with_context(|| format!("failed to add {} to PATH", folder.display()))
 }
 
 /// Makes `link` point to `target`, whatever it pointed to before.
