@@ -276,3 +276,16 @@ pub struct MissedFree {
     pub addr: u64,
 }
 const _: () = assert!(size_of::<MissedFree>() == 16);
+
+/// How the kernel side's jiffies become nanoseconds of `CLOCK_MONOTONIC`: jiffies * tick + offset, modulo 2^64.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clock {
+    /// Nanoseconds of a tick; zero: not calibrated, the clock itself is read.
+    pub tick: u64,
+    pub offset: u64,
+    /// Written by the program that calibrates: jiffies and nanoseconds at one moment.
+    pub sampled_jiffies: u64,
+    pub sampled_ns: u64,
+}
+const _: () = assert!(size_of::<Clock>() == 32);

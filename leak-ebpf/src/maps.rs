@@ -1,10 +1,10 @@
 //! The maps and read-only settings. Sizes given here are defaults; the loader overrides those that depend on the host.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
-use leak_common::{MissedFree, counter};
+use leak_common::{Clock, MissedFree, counter};
 
 use crate::thread::Thread;
 
@@ -42,6 +42,10 @@ pub static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub static MISSED: HashMap<MissedFree, u64> = HashMap::with_max_entries(65_536, 0);
 
+/// How jiffies become nanoseconds.
+#[map]
+pub static CLOCK: Array<Clock> = Array::with_max_entries(1, 0);
+
 /// Losses and oddities, by `leak_common::counter`.
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
@@ -67,9 +71,19 @@ pub fn size_is_followed(size: u64) -> bool {
     size >= setting!(MIN_SIZE) && size <= setting!(MAX_SIZE)
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`. (The coarse clock is not for tracing programs.)
+/// Nanoseconds of `CLOCK_MONOTONIC` to within a tick. Counted in jiffies, because that is a load, while the clock is two
+/// calls; user space keeps the difference current. (The coarse clock is not for tracing programs.)
 #[inline(always)]
 pub fn now() -> u64 {
+    if let Some(clock) = CLOCK.get_ptr(0) {
+        // SAFETY: a valid map value; user space replaces it now and then, and each field is one aligned word. `tick` never
+        // changes once it is set.
+        let (tick, offset) = unsafe { ((*clock).tick, (*clock).offset) };
+        if tick != 0 {
+            // SAFETY: no arguments.
+            return unsafe { bpf_jiffies64() }.wrapping_mul(tick).wrapping_add(offset);
+        }
+    }
     // SAFETY: no arguments.
     unsafe { bpf_ktime_get_ns() }
 }

@@ -42,8 +42,19 @@ pub struct Walk {
     piece: [u8; (PIECE + RECORD) as usize],
 }
 
+/// Not an end: the walk goes on.
+const RUNNING: u32 = u32::MAX;
+
 struct Context {
     walk: *mut Walk,
+}
+
+impl Walk {
+    /// The innermost address of the last stack.
+    #[inline(always)]
+    pub fn caller(&self) -> u64 {
+        self.frames[0]
+    }
 }
 
 /// Multiplicative hashing with a fold; the constant is 2^64 over the golden ratio (Knuth, TAOCP 3, 6.4).
@@ -82,42 +93,55 @@ fn word(walk: &Walk, at: u64) -> u64 {
     unsafe { walk.piece.as_ptr().add(at).cast::<u64>().read_unaligned() }
 }
 
-/// Follows one frame pointer: 0 to go on, 1 at the end.
+/// How many frame pointers one call of [`step`] follows: a call costs more than a frame.
+const FRAMES_A_STEP: u32 = 4;
+
+/// Follows some frame pointers: 0 to go on, 1 at the end.
 #[inline(never)]
-extern "C" fn step(index: u64, context: *mut Context) -> i64 {
+extern "C" fn step(_index: u64, context: *mut Context) -> i64 {
     // SAFETY: bpf_loop passes on the pointer that `walk` gave it, and walk points into a map value.
     let walk = unsafe { &mut *(*context).walk };
-    let fp = walk.fp;
-    if fp == 0 {
-        // The ABI sets rbp to zero in the outermost frame (System V psABI x86-64, 3.4.1).
-        walk.record.end = stack_end::COMPLETE;
-        return 1;
-    }
-    if fp < walk.above || fp & 7 != 0 {
-        walk.record.end = stack_end::NO_FRAME_POINTER;
-        return 1;
-    }
-    let mut at = fp.wrapping_sub(walk.base);
-    if at.wrapping_add(RECORD) > walk.length || at > PIECE {
-        if !read_piece(walk, fp) {
-            walk.record.end = stack_end::BAD_READ;
-            return 1;
+    let mut fp = walk.fp;
+    let mut above = walk.above;
+    let mut hash = walk.hash;
+    let mut count = walk.record.count;
+    let mut end = RUNNING;
+    for _ in 0..FRAMES_A_STEP {
+        if fp < above || fp & 7 != 0 {
+            // The ABI sets rbp to zero in the outermost frame (System V psABI x86-64, 3.4.1).
+            end = if fp == 0 { stack_end::COMPLETE } else { stack_end::NO_FRAME_POINTER };
+            break;
         }
-        at = 0;
+        let mut at = fp.wrapping_sub(walk.base);
+        if at >= PIECE || at + RECORD > walk.length {
+            if !read_piece(walk, fp) {
+                end = stack_end::BAD_READ;
+                break;
+            }
+            at = 0;
+        }
+        let next = word(walk, at);
+        let pc = word(walk, at + 8);
+        if pc == 0 {
+            end = stack_end::COMPLETE;
+            break;
+        }
+        if count >= MAX_FRAMES as u32 {
+            end = stack_end::TOO_DEEP;
+            break;
+        }
+        walk.frames[count as usize & MAX_FRAMES] = pc;
+        count += 1;
+        hash = mix(hash, pc);
+        above = fp.wrapping_add(RECORD);
+        fp = next;
     }
-    let next = word(walk, at);
-    let pc = word(walk, at.wrapping_add(8));
-    if pc == 0 {
-        walk.record.end = stack_end::COMPLETE;
-        return 1;
-    }
-    walk.fp = next;
-    walk.above = fp.wrapping_add(RECORD);
-    let slot = (index as usize + 1) & MAX_FRAMES;
-    walk.frames[slot] = pc;
-    walk.hash = mix(walk.hash, pc);
-    walk.record.count = slot as u32 + 1;
-    0
+    walk.fp = fp;
+    walk.above = above;
+    walk.hash = hash;
+    walk.record.count = count;
+    walk.record.end = end;
+    i64::from(end != RUNNING)
 }
 
 /// Takes the stack of `thread` from `frame` and returns its hash; user space has been sent the stack, or will be with
@@ -128,7 +152,7 @@ pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
     let walk = &mut thread.walk;
     let mut hash = mix(generation(), u64::from(thread.tgid));
     walk.record.count = 0;
-    walk.record.end = stack_end::TOO_DEEP;
+    walk.record.end = RUNNING;
     walk.above = frame.sp;
     walk.fp = frame.fp;
     let readable = read_piece(walk, frame.sp & !7);
@@ -143,7 +167,12 @@ pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
         let mut context = Context { walk };
         // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
         unsafe {
-            bpf_loop(MAX_FRAMES as u32 - 1, step as *mut c_void, (&raw mut context).cast::<c_void>(), 0);
+            bpf_loop(
+                (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP),
+                step as *mut c_void,
+                (&raw mut context).cast::<c_void>(),
+                0,
+            );
         }
     } else {
         walk.record.end = stack_end::BAD_READ;

@@ -22,12 +22,19 @@ pub struct Thread {
     pub op: u32,
     /// Stack pointer at the recorded call's entry, zero if there is none.
     pub sp: u64,
+    /// Where the recorded call returns to.
+    pub caller: u64,
     pub size: u64,
     /// realloc's old block, or where `posix_memalign` will put the address.
     pub pointer: u64,
     pub stack: u64,
     pub time: u64,
     pub call: SystemCall,
+    /// Where the breakpoint of the allocation function stood that was entered last, and its shape; the same for free.
+    /// Both are what a session program would have to ask the kernel for, at the price of a call each.
+    pub alloc_pc: u64,
+    pub alloc_shape: u64,
+    pub free_pc: u64,
     /// Hash of the thread's last stack that user space has.
     pub last_stack: u64,
     pub walk: Walk,
@@ -79,7 +86,7 @@ pub fn current_or_new(ids: Ids) -> Option<&'static mut Thread> {
 }
 
 #[inline(never)]
-fn new(ids: Ids) -> Option<&'static mut Thread> {
+pub fn new(ids: Ids) -> Option<&'static mut Thread> {
     if !is_target(ids.tgid) {
         return None;
     }

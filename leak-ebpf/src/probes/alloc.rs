@@ -14,7 +14,7 @@ use crate::emit::{emit, emit_free, header, missed_free};
 use crate::maps::{count, is_target, now, size_is_followed};
 use crate::regs::{self, Frame};
 use crate::stack;
-use crate::thread::{current, current_or_new, ids};
+use crate::thread::{Ids, Thread, current, ids, new};
 
 /// What a session program answers at entry: run it at the return too, or not (UPROBE_HANDLER_IGNORE). As the result of
 /// any other kind of uprobe program 1 would mean "remove the breakpoint".
@@ -55,14 +55,9 @@ fn product(a: u64, b: u64) -> Option<u64> {
 }
 
 /// Records that an allocation began. `pointer`: realloc's block, or where `posix_memalign` will put the address.
-#[inline(never)]
-fn enter(ctx: &ProbeContext, op: u32, size: u64, pointer: u64) -> u32 {
+#[inline(always)]
+fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointer: u64) -> u32 {
     let now = now();
-    let ids = ids();
-    let Some(thread) = current_or_new(ids) else {
-        return NO_RETURN;
-    };
-    let frame = frame(ctx);
     let resizes = (op == u32::from(op::REALLOC) || op == u32::from(op::REALLOCARRAY)) && pointer != 0;
     let mut announced = false;
     if thread.sp != 0 {
@@ -103,21 +98,20 @@ fn enter(ctx: &ProbeContext, op: u32, size: u64, pointer: u64) -> u32 {
     thread.pointer = pointer;
     thread.stack = stack::take(thread, frame, true, op as u8);
     thread.sp = frame.sp;
+    thread.caller = thread.walk.caller();
     WITH_RETURN
 }
 
 /// Records that a block is released: at entry, before the allocator can hand the address out again.
 #[inline(always)]
-fn free(ctx: &ProbeContext) {
-    let addr = argument(ctx, 0);
+fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
     if addr == 0 {
         return;
     }
     let now = now();
-    let ids = ids();
-    match current(ids) {
+    match thread {
         Some(thread) => {
-            if thread.is_nested(frame(ctx).sp, now) {
+            if thread.is_nested(frame.sp, now) {
                 count(counter::NESTED);
                 return;
             }
@@ -130,13 +124,8 @@ fn free(ctx: &ProbeContext) {
 }
 
 /// Records how the allocation ended.
-#[inline(never)]
-fn leave(ctx: &ProbeContext) -> u32 {
-    let ids = ids();
-    let Some(thread) = current(ids) else {
-        return 0;
-    };
-    let frame = frame(ctx);
+#[inline(always)]
+fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     if thread.sp.wrapping_add(regs::RETURN_POPS) != frame.sp || thread.sp == 0 {
         // Below the recorded call it is the return of a nested one, whose entry was not recorded on purpose.
         if frame.sp > thread.sp.wrapping_add(regs::RETURN_POPS) {
@@ -200,15 +189,19 @@ fn arguments(ctx: &ProbeContext, shape: u8) -> Option<(u64, u64)> {
     }
 }
 
-/// The entry of any function, its shape in the probe's cookie. What it returns only a session program may return.
+/// The entry of any function. What it returns only a session program may return.
 #[inline(always)]
-fn enter_shape(ctx: &ProbeContext, shape: u8) -> u32 {
+fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids, shape: u8) -> u32 {
+    let frame = frame(ctx);
     if shape == op::FREE {
-        free(ctx);
+        free(thread, ids, frame, argument(ctx, 0));
         return NO_RETURN;
     }
+    let Some(thread) = thread.or_else(|| new(ids)) else {
+        return NO_RETURN;
+    };
     match arguments(ctx, shape) {
-        Some((size, pointer)) => enter(ctx, u32::from(shape), size, pointer),
+        Some((size, pointer)) => enter(thread, ids, frame, u32::from(shape), size, pointer),
         None => NO_RETURN,
     }
 }
@@ -226,20 +219,54 @@ fn shape(ctx: &ProbeContext) -> u8 {
 #[unsafe(link_section = "uprobe")]
 extern "C" fn session(ctx: *mut c_void) -> u32 {
     let ctx = ProbeContext::new(ctx);
-    if is_return(&ctx) { leave(&ctx) } else { enter_shape(&ctx, shape(&ctx)) }
+    let ids = ids();
+    let Some(thread) = current(ids) else {
+        // A thread's first call, which is an entry: a return without an entry is nothing to us.
+        return if is_return(&ctx) { 0 } else { enter_shape(&ctx, None, ids, shape(&ctx)) };
+    };
+    let frame = frame(&ctx);
+    // The three hot cases are recognised without asking the kernel. A return stands at the recorded caller, with the
+    // recorded sp; an entry at a breakpoint that was met before.
+    if frame.pc == thread.caller && frame.sp == thread.sp.wrapping_add(regs::RETURN_POPS) {
+        return leave(thread, ids, frame);
+    }
+    if frame.pc == thread.free_pc {
+        free(Some(thread), ids, frame, argument(&ctx, 0));
+        return NO_RETURN;
+    }
+    if frame.pc == thread.alloc_pc {
+        let shape = thread.alloc_shape as u8;
+        return enter_shape(&ctx, Some(thread), ids, shape);
+    }
+    if is_return(&ctx) {
+        return leave(thread, ids, frame);
+    }
+    let shape = shape(&ctx);
+    if shape == op::FREE {
+        thread.free_pc = frame.pc;
+    } else {
+        thread.alloc_pc = frame.pc;
+        thread.alloc_shape = u64::from(shape);
+    }
+    enter_shape(&ctx, Some(thread), ids, shape)
 }
 
 /// The entries of every function, on one link with cookies (6.6).
 #[uprobe]
 fn enter_any(ctx: ProbeContext) -> u32 {
-    enter_shape(&ctx, shape(&ctx));
+    let ids = ids();
+    enter_shape(&ctx, current(ids), ids, shape(&ctx));
     0
 }
 
 /// The return of any function.
 #[uprobe]
 fn leave_any(ctx: ProbeContext) -> u32 {
-    leave(&ctx)
+    let ids = ids();
+    if let Some(thread) = current(ids) {
+        leave(thread, ids, frame(&ctx));
+    }
+    0
 }
 
 /// An entry program of its own for one shape of function: kernels before 5.15 have no cookies.
@@ -247,7 +274,8 @@ macro_rules! entry {
     ($name:ident, $shape:expr) => {
         #[uprobe]
         fn $name(ctx: ProbeContext) -> u32 {
-            enter_shape(&ctx, $shape);
+            let ids = ids();
+            enter_shape(&ctx, current(ids), ids, $shape);
             0
         }
     };

@@ -1,12 +1,13 @@
 //! What happens to traced processes and their threads, from the scheduler's tracepoints.
 
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use aya_log_ebpf::debug;
 use leak_common::{Process, counter, kind};
 
 use crate::emit::{emit, header};
-use crate::maps::{THREADS, is_target, now, raise_generation};
+use crate::maps::{CLOCK, THREADS, is_target, now, raise_generation};
 use crate::thread::ids;
 
 /// A new program: all that was known of the process's memory and code is void. The thread that called exec has by now
@@ -40,6 +41,19 @@ fn process_exit(_ctx: RawTracePointContext) -> u32 {
     if ids.tid == ids.tgid {
         let process = Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
         emit(process, counter::RING_FULL_OTHER);
+    }
+    0
+}
+
+/// Reads both clocks. Never attached: user space has it run once (BPF_PROG_TEST_RUN).
+#[raw_tracepoint(tracepoint = "sys_enter")]
+fn calibrate(_ctx: RawTracePointContext) -> u32 {
+    if let Some(clock) = CLOCK.get_ptr_mut(0) {
+        // SAFETY: a valid map value, and only one program at a time is run for it.
+        unsafe {
+            (*clock).sampled_jiffies = bpf_jiffies64();
+            (*clock).sampled_ns = bpf_ktime_get_ns();
+        }
     }
     0
 }

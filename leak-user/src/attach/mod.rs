@@ -7,9 +7,10 @@ mod sys;
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::maps::{HashMap as BpfHashMap, Map, MapData};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData};
 use aya::programs::RawTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
@@ -104,6 +105,31 @@ pub struct Programs {
     uprobes: HashMap<&'static str, OwnedFd>,
     kind: UprobeKind,
     targets: BpfHashMap<MapData, u32, u32>,
+    clock: ClockSync,
+}
+
+/// Keeps `leak_common::Clock` current.
+struct ClockSync {
+    map: Array<MapData, [u64; 4]>,
+}
+
+impl ClockSync {
+    fn new(ebpf: &mut Ebpf) -> Result<Self> {
+        let program: &mut RawTracePoint = ebpf.program_mut("calibrate").context("no program calibrate")?.try_into()?;
+        program.load().context("failed to load the BPF program calibrate")?;
+        Ok(Self { map: Array::try_from(take_map(ebpf, "CLOCK")?)? })
+    }
+
+    fn sync(&mut self, ebpf: &Ebpf) -> Result<()> {
+        let program: &RawTracePoint = ebpf.program("calibrate").context("no program calibrate")?.try_into()?;
+        sys::run_once(program.fd()?.as_fd()).context("failed to run the program")?;
+        let [_, _, jiffies, nanoseconds] = self.map.get(&0, 0)?;
+        // The coarse clock advances once a jiffy.
+        let tick = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE)?;
+        let tick = Duration::from(tick).as_nanos() as u64;
+        let offset = nanoseconds.wrapping_sub(jiffies.wrapping_mul(tick));
+        Ok(self.map.set(0, [tick, offset, jiffies, nanoseconds], 0)?)
+    }
 }
 
 impl Programs {
@@ -128,7 +154,18 @@ impl Programs {
             program.attach(tracepoint).with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
         }
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
-        Ok(Self { ebpf, uprobes, kind, targets })
+        let clock = ClockSync::new(&mut ebpf)?;
+        let mut programs = Self { ebpf, uprobes, kind, targets, clock };
+        programs.sync_clock();
+        Ok(programs)
+    }
+
+    /// Brings the kernel side's jiffies into line with the clock again; they drift apart by what NTP corrects.
+    pub fn sync_clock(&mut self) {
+        // Without it the programs read the clock itself, which only costs more.
+        if let Err(error) = self.clock.sync(&self.ebpf) {
+            log::debug!("the programs' clock is not calibrated: {error:#}");
+        }
     }
 
     /// How uprobes are attached.

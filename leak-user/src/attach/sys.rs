@@ -198,6 +198,13 @@ fn parse_sysfs(path: &str, prefix: &str) -> io::Result<u32> {
     text.trim().strip_prefix(prefix).and_then(|number| number.parse().ok()).ok_or_else(invalid)
 }
 
+/// Runs a raw tracepoint program once, now, with no arguments (5.10).
+pub fn run_once(program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.test.prog_fd = program.as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr).map(drop)
+}
+
 /// Takes an entry out of a hash map in one step (5.14 for hash maps): `None` if it is absent.
 pub fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<Option<()>> {
     let mut attr = zeroed();
