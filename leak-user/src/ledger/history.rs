@@ -153,11 +153,12 @@ impl History {
         if now > self.now {
             self.roll(now);
         }
-        self.live_bytes += bytes;
-        self.allocated_bytes += bytes;
+        // A program can map and unmap terabytes that it never touches, often enough to overflow even these.
+        self.live_bytes = self.live_bytes.saturating_add(bytes);
+        self.allocated_bytes = self.allocated_bytes.saturating_add(bytes);
         self.live_count += 1;
         let slot = self.slot(birth);
-        self.bytes[slot] += bytes;
+        self.bytes[slot] = self.bytes[slot].saturating_add(bytes);
         self.count[slot] = self.count[slot].saturating_add(1);
         if birth < now {
             self.releases[class_of_age(self.now.saturating_sub(birth))] -= 1;
@@ -171,7 +172,7 @@ impl History {
             self.roll(now);
         }
         self.live_bytes = self.live_bytes.saturating_sub(bytes);
-        self.freed_bytes += bytes;
+        self.freed_bytes = self.freed_bytes.saturating_add(bytes);
         self.live_count = self.live_count.saturating_sub(1);
         if self.live_bytes < self.floor[0] {
             self.floor[0] = self.live_bytes;
@@ -221,7 +222,8 @@ impl History {
             if opening >= kept {
                 let from = first_slot(level) + opening % kept;
                 let to = self.slot(((opening - kept) as Window) << shift);
-                self.bytes[to] += std::mem::take(&mut self.bytes[from]);
+                let moved = std::mem::take(&mut self.bytes[from]);
+                self.bytes[to] = self.bytes[to].saturating_add(moved);
                 self.count[to] = self.count[to].saturating_add(std::mem::take(&mut self.count[from]));
             }
         }
