@@ -1,3 +1,447 @@
-//! To be written.
+//! What is live in each traced process, and what each of its call stacks did over time.
+//!
+//! Plain functions from [`Event`]s to state: no I/O, no clock (every event brings its time) and no symbols, so that a
+//! recorded stream replays to the same state. A process is known from [`Ledger::add_process`] until
+//! [`Ledger::remove_process`]; it is named by tgid, and told from a later process of the same tgid by its start time.
+//!
+//! The parts: [`table`] finds live blocks by address, [`heap`] and [`ranges`] know what the calls mean for them,
+//! [`stacks`] names call stacks and counts for each, in a [`history::History`], what was born and what died.
+//! What the counts mean is left to [`crate::detect`].
+//!
+//! Memory is bounded by [`Config`]; whatever a cap, or a lost record, keeps out of the ledger has a counter in
+//! [`Counters`]. No loss makes a leak: what may have been freed unseen is counted as freed, or taken out of verdicts
+//! ([`Ledger::distrust`]).
 
+mod clock;
+mod heap;
 pub mod history;
+#[cfg(test)]
+mod model;
+mod process;
+mod ranges;
+mod stacks;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+
+use clock::{Clock, Tick, window_of};
+use heap::Resized;
+use history::Window;
+pub use process::ProcessLedger;
+use ranges::Remapped;
+use stacks::{Cap, Class, DISTRUSTED, Room, Stacks};
+pub use stacks::{Resource, Stack, Total};
+
+use crate::decode::{Event, StackId, What, decode};
+
+/// How much the ledger may hold, in all processes together. At each cap what is new is left out and counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Call stacks. One takes [`size_of::<History>`](history::History) and eight bytes a frame.
+    pub max_stacks: usize,
+    /// Live heap blocks. One takes at most 48 bytes.
+    pub max_live: usize,
+    /// Live page ranges. One takes about 70 bytes.
+    pub max_ranges: usize,
+    /// Bytes of a page, which lengths of ranges are rounded up to.
+    pub page_size: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { max_stacks: 32 << 10, max_live: 32 << 20, max_ranges: 1 << 20, page_size: 4096 }
+    }
+}
+
+/// What the ledger could not know or keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Events of processes that were not added, or were removed.
+    pub unknown_process: u64,
+    /// Frees, and reallocs to zero bytes, of addresses where nothing is live: most are of blocks older than the trace.
+    pub free_of_unknown: u64,
+    /// Addresses handed out while a block was live there, whose free was therefore missed.
+    pub replaced: u64,
+    /// Reallocs and mremaps whose end never came.
+    pub pending_replaced: u64,
+    /// Unmappings that could not be put back should they have failed: too many threads.
+    pub pending_forgotten: u64,
+    /// Frees from the overflow map that ended a live block.
+    pub missed_free_applied: u64,
+    /// Frees from the overflow map of blocks that were not there, or had been born since.
+    pub missed_free_stale: u64,
+    /// Allocations left out because of [`Config::max_stacks`].
+    pub stacks_capped: u64,
+    /// Blocks and ranges left out because of [`Config::max_live`] and [`Config::max_ranges`].
+    pub live_capped: u64,
+    /// Stacks that allocations name but whose records have not come. Falls when one comes after all.
+    pub stacks_missing: u64,
+    /// How often [`Ledger::distrust`] was called.
+    pub distrusts: u64,
+    /// Live bytes, and blocks and ranges, that are out of verdicts since. Falls as they are freed.
+    pub distrusted: Total,
+}
+
+/// What one event is applied with.
+struct Context<'a> {
+    /// The event's tick.
+    tick: Tick,
+    /// The latest window of any event.
+    now: Window,
+    /// What is allocated now is live at a time that is no longer trusted.
+    distrusted: bool,
+    page_size: u64,
+    room: &'a mut Room,
+    counters: &'a mut Counters,
+}
+
+impl Context<'_> {
+    /// The index that bytes of this stack are counted under; `None`, counted, where there is no room.
+    #[inline]
+    fn stack_index(&mut self, stacks: &mut Stacks, id: StackId, class: Class) -> Option<u32> {
+        if self.distrusted {
+            return Some(DISTRUSTED);
+        }
+        let index = stacks.index(id, class, self.now, self.room);
+        self.counters.stacks_capped += u64::from(index.is_none());
+        index
+    }
+
+    fn page_up(&self, addr: u64) -> u64 {
+        addr.checked_next_multiple_of(self.page_size).unwrap_or(u64::MAX)
+    }
+
+    /// The end of a range of `size` bytes, which the kernel rounds up to pages.
+    fn range_end(&self, start: u64, size: u64) -> u64 {
+        start.saturating_add(self.page_up(size))
+    }
+}
+
+/// Live memory of every traced process.
+pub struct Ledger {
+    processes: Vec<ProcessLedger>,
+    /// Places in `processes`.
+    by_tgid: HashMap<u32, usize>,
+    /// Whose event was the last, and its place: most have the same.
+    last: Option<(u32, usize)>,
+    clock: Clock,
+    /// What was allocated in this tick or before may have been freed unseen.
+    distrusted_until: Option<Tick>,
+    page_size: u64,
+    room: Room,
+    counters: Counters,
+}
+
+/// When it happened; a few records do not say.
+fn time_of(what: &What<'_>) -> Option<u64> {
+    match *what {
+        What::Alloc { time, .. }
+        | What::Free { time, .. }
+        | What::ReallocBegin { time, .. }
+        | What::ReallocEnd { time, .. }
+        | What::Map { time, .. }
+        | What::Unmap { time, .. }
+        | What::RemapBegin { time, .. }
+        | What::RemapEnd { time, .. }
+        | What::Brk { time, .. }
+        | What::Exec { time, .. }
+        | What::Exit { time, .. }
+        | What::Fork { time, .. }
+        | What::MapExec { time, .. } => Some(time),
+        What::Stack { .. } | What::UnmapFailed { .. } => None,
+    }
+}
+
+/// How many events' cache lines are asked for before the first of them is applied: enough to keep the memory busy, few
+/// enough not to be displaced again.
+const BATCH: usize = 32;
+
+impl Ledger {
+    pub fn new(config: Config) -> Self {
+        let Config { max_stacks, max_live, max_ranges, page_size } = config;
+        // Indices of stacks are 32 bits wide, and the last one has a meaning of its own.
+        let max_stacks = max_stacks.min(u32::MAX as usize - 1);
+        Self {
+            processes: Vec::new(),
+            by_tgid: HashMap::new(),
+            last: None,
+            clock: Clock::default(),
+            distrusted_until: None,
+            page_size: page_size.max(1),
+            room: Room {
+                records: Cap::new(max_stacks),
+                histories: Cap::new(max_stacks),
+                blocks: Cap::new(max_live),
+                ranges: Cap::new(max_ranges),
+            },
+            counters: Counters::default(),
+        }
+    }
+
+    /// A process is traced from `time` (nanoseconds) on. Where one of the same tgid is known already, nothing happens if
+    /// it is the same one, and it is replaced if `start_time` (clock ticks since boot) says that it is another.
+    pub fn add_process(&mut self, tgid: u32, start_time: u64, time: u64) {
+        self.clock.advance(time);
+        if self.process(tgid).is_some_and(|known| known.start_time() == start_time) {
+            return;
+        }
+        self.put(ProcessLedger::new(tgid, start_time));
+    }
+
+    /// A traced process forked, and its child is traced too: copies what is known. Does nothing if the parent is unknown
+    /// but to add the child.
+    pub fn fork_process(&mut self, parent: u32, child: u32, start_time: u64, time: u64) {
+        let tick = self.clock.advance(time);
+        let Some(place) = self.place(parent) else {
+            return self.add_process(child, start_time, time);
+        };
+        // The child's own first events may have been applied already: then it stands for itself.
+        if self.process(child).is_some_and(|known| known.start_time() == start_time) {
+            return;
+        }
+        let (mut cx, processes) = self.context(tick);
+        let copy = processes[place].forked(&mut cx, child, start_time);
+        self.put(copy);
+    }
+
+    /// Forgets a process.
+    pub fn remove_process(&mut self, tgid: u32) {
+        if let Some(place) = self.by_tgid.remove(&tgid) {
+            self.last = None;
+            self.processes.swap_remove(place).leave(&mut self.room);
+            if let Some(moved) = self.processes.get(place) {
+                self.by_tgid.insert(moved.tgid(), place);
+            }
+        }
+    }
+
+    /// The program break of a process when tracing began. Until it is told, the first movement shows where it is.
+    pub fn set_break(&mut self, tgid: u32, addr: u64) {
+        if let Some(place) = self.place(tgid) {
+            let (cx, processes) = self.context(0);
+            processes[place].ranges.set_break(&cx, addr);
+        }
+    }
+
+    /// Replaces or adds a process whose room is counted already.
+    fn put(&mut self, process: ProcessLedger) {
+        self.remove_process(process.tgid());
+        self.by_tgid.insert(process.tgid(), self.processes.len());
+        self.processes.push(process);
+    }
+
+    /// Where a process is.
+    #[inline]
+    fn place(&mut self, tgid: u32) -> Option<usize> {
+        match self.last {
+            Some((last, place)) if last == tgid => Some(place),
+            _ => {
+                let place = *self.by_tgid.get(&tgid)?;
+                self.last = Some((tgid, place));
+                Some(place)
+            }
+        }
+    }
+
+    /// What an event of this tick is applied with, and the processes.
+    #[inline]
+    fn context(&mut self, tick: Tick) -> (Context<'_>, &mut Vec<ProcessLedger>) {
+        let cx = Context {
+            tick,
+            now: window_of(self.clock.latest()),
+            distrusted: self.distrusted_until.is_some_and(|until| tick <= until),
+            page_size: self.page_size,
+            room: &mut self.room,
+            counters: &mut self.counters,
+        };
+        (cx, &mut self.processes)
+    }
+
+    /// Applies one event.
+    #[inline]
+    pub fn apply(&mut self, event: &Event<'_>) {
+        let Some(place) = self.place(event.tgid) else {
+            self.counters.unknown_process += 1;
+            return;
+        };
+        match event.what {
+            What::Alloc { addr, size, stack, time } => {
+                let tick = self.clock.advance(time);
+                let (mut cx, processes) = self.context(tick);
+                let process = &mut processes[place];
+                process.heap.alloc(&mut cx, &mut process.stacks, addr, size, stack);
+            }
+            What::Free { addr, time } => {
+                let tick = self.clock.advance(time);
+                let (mut cx, processes) = self.context(tick);
+                let process = &mut processes[place];
+                process.heap.free(&mut cx, &mut process.stacks, addr);
+            }
+            _ => self.apply_rare(place, event),
+        }
+    }
+
+    /// Everything but malloc and free.
+    #[inline(never)]
+    fn apply_rare(&mut self, place: usize, event: &Event<'_>) {
+        let tick = match time_of(&event.what) {
+            Some(time) => self.clock.advance(time),
+            None => self.clock.latest(),
+        };
+        let (mut cx, processes) = self.context(tick);
+        let cx = &mut cx;
+        let process = &mut processes[place];
+        let ProcessLedger { stacks, heap, ranges, .. } = process;
+        match event.what {
+            What::ReallocBegin { tid, addr, .. } => heap.realloc_begin(cx, stacks, tid, addr),
+            What::ReallocEnd { tid, addr, size, stack, .. } => {
+                heap.realloc_end(cx, stacks, tid, Resized { addr, size, stack });
+            }
+            What::Stack { id, end, op, frames } => {
+                let kept = stacks.sent(id, op, end, frames, cx.room);
+                cx.counters.stacks_capped += u64::from(!kept);
+            }
+            What::Map { addr, size, in_allocator: true, .. } => ranges.map_foreign(cx, stacks, addr, size),
+            What::Map { addr, size, stack, file, .. } => {
+                ranges.map(cx, stacks, addr, size, if file { Class::File } else { Class::Anonymous }, stack);
+            }
+            What::Unmap { tid, addr, size, .. } => ranges.unmap(cx, stacks, tid, addr, size),
+            What::UnmapFailed { tid } => ranges.unmap_failed(cx, stacks, tid),
+            What::RemapBegin { tid, addr, size, .. } => ranges.remap_begin(cx, stacks, tid, addr, size),
+            What::RemapEnd { tid, addr, size, stack, .. } => {
+                ranges.remap_end(cx, stacks, tid, Remapped { addr, size, stack });
+            }
+            What::Brk { addr, stack, in_allocator, .. } => ranges.brk(cx, stacks, addr, stack, in_allocator),
+            What::MapExec { addr, size, .. } => stacks.code_mapped(addr, cx.page_up(size)),
+            What::Exec { .. } => {
+                // Addresses mean something else from here on.
+                let new = ProcessLedger::new(process.tgid(), process.start_time());
+                std::mem::replace(process, new).leave(cx.room);
+            }
+            // What it left unfreed is what a report is about; whoever knows that the process has ended removes it.
+            What::Exit { .. } => process.set_leader_exited(),
+            // Whether the child is traced, and when it started, whoever traces it knows: `fork_process`. The others are
+            // not rare.
+            What::Fork { .. } | What::Alloc { .. } | What::Free { .. } => {}
+        }
+    }
+
+    /// Applies events in their order, asking for the memory of many before it is needed: the same as [`Self::apply`] for
+    /// each, and where the table of blocks is larger than the caches, several times as fast.
+    pub fn apply_batch(&mut self, events: &[Event<'_>]) {
+        for batch in events.chunks(BATCH) {
+            for event in batch {
+                if let What::Alloc { addr, .. } | What::Free { addr, .. } | What::ReallocBegin { addr, .. } = event.what
+                    && let Some(place) = self.place(event.tgid)
+                {
+                    self.processes[place].heap.prefetch(addr);
+                }
+            }
+            for event in batch {
+                self.apply(event);
+            }
+        }
+    }
+
+    /// Decodes raw records and applies them, as [`Self::apply_batch`] does. Returns how many could not be decoded.
+    pub fn apply_records<'a>(&mut self, records: impl IntoIterator<Item = &'a [u8]>) -> u64 {
+        let mut undecodable = 0;
+        let mut batch = Vec::with_capacity(BATCH);
+        for record in records {
+            match decode(record) {
+                Ok(event) => batch.push(event),
+                Err(_) => undecodable += 1,
+            }
+            if batch.len() == BATCH {
+                self.apply_batch(&batch);
+                batch.clear();
+            }
+        }
+        self.apply_batch(&batch);
+        undecodable
+    }
+
+    /// A free that found the ring full, from the kernel side's overflow map: the block at `addr` was freed at `time`,
+    /// unless it was born since. To be called once all records from before `time` have been applied.
+    pub fn missed_free(&mut self, tgid: u32, addr: u64, time: u64) {
+        let Some(place) = self.place(tgid) else {
+            self.counters.unknown_process += 1;
+            return;
+        };
+        let tick = self.clock.tick(time);
+        let (mut cx, processes) = self.context(tick);
+        let process = &mut processes[place];
+        process.heap.missed_free(&mut cx, &mut process.stacks, addr, tick);
+    }
+
+    /// Frees were lost at or before `time`, and nobody knows which: takes all that was live then out of verdicts, also
+    /// what events still to come say was allocated by then. What realloc returns later is live beyond doubt, and comes
+    /// back.
+    pub fn distrust(&mut self, time: u64) {
+        let until = self.clock.advance(time);
+        let until = self.distrusted_until.map_or(until, |before| before.max(until));
+        self.distrusted_until = Some(until);
+        self.counters.distrusts += 1;
+        let (cx, processes) = self.context(until);
+        for process in processes {
+            process.distrust(&cx, until);
+        }
+    }
+
+    /// Closes the windows up to `time` in every stack.
+    pub fn roll(&mut self, time: u64) {
+        self.clock.advance(time);
+        let now = window_of(self.clock.latest());
+        for process in &mut self.processes {
+            process.stacks.roll(now);
+        }
+    }
+
+    /// The window that `time` lies in.
+    pub fn window(&self, time: u64) -> Window {
+        window_of(self.clock.tick(time))
+    }
+
+    /// The first time that the ledger was told of, in nanoseconds: where window 0 begins.
+    pub fn first_time(&self) -> Option<u64> {
+        self.clock.origin()
+    }
+
+    /// The processes, in no particular order.
+    pub fn processes(&self) -> impl Iterator<Item = &ProcessLedger> {
+        self.processes.iter()
+    }
+
+    /// The process of this tgid.
+    pub fn process(&self, tgid: u32) -> Option<&ProcessLedger> {
+        self.by_tgid.get(&tgid).map(|place| &self.processes[*place])
+    }
+
+    /// What the ledger could not know or keep, up to now.
+    pub fn counters(&self) -> Counters {
+        self.processes.iter().fold(self.counters, |mut sum, process| {
+            sum.stacks_missing += process.stacks.missing();
+            let distrusted = process.distrusted();
+            sum.distrusted.bytes = sum.distrusted.bytes.saturating_add(distrusted.bytes);
+            sum.distrusted.count += distrusted.count;
+            sum
+        })
+    }
+
+    /// Live heap blocks of all processes, those in the hands of realloc included.
+    pub fn live_blocks(&self) -> usize {
+        self.room.blocks.used
+    }
+
+    /// Bytes that the tables of live heap blocks occupy, used or not.
+    pub fn block_table_bytes(&self) -> usize {
+        self.processes.iter().map(|process| process.heap.capacity_bytes()).sum()
+    }
+
+    /// Bytes of table for each live heap block; `None` where there is none.
+    pub fn bytes_per_live(&self) -> Option<f64> {
+        (self.live_blocks() > 0).then(|| self.block_table_bytes() as f64 / self.live_blocks() as f64)
+    }
+}

@@ -1,0 +1,205 @@
+//! The heap blocks of one process: what malloc, free and realloc mean for them.
+//!
+//! A block in the hands of realloc is not found by its address any more, because another thread may be handed that
+//! address before realloc's end is recorded; but its stack counts it until then, so that the stack's floor shows no dip
+//! that was not there. Page ranges are left to [`super::ranges`].
+
+use std::collections::HashMap;
+
+use super::Context;
+use super::clock::Tick;
+use super::stacks::{Class, DISTRUSTED, Stacks};
+use super::table::{Block, BlockTable};
+use crate::decode::StackId;
+
+/// What a thread's realloc was called with.
+#[derive(Clone, Copy)]
+struct Pending {
+    addr: u64,
+    block: Block,
+}
+
+/// How a realloc ended.
+#[derive(Clone, Copy)]
+pub(super) struct Resized {
+    pub addr: u64,
+    pub size: u64,
+    pub stack: StackId,
+}
+
+#[derive(Clone)]
+pub(super) struct Heap {
+    blocks: BlockTable,
+    /// By thread; none where nothing was known of the block.
+    pending: HashMap<u32, Pending>,
+}
+
+impl Heap {
+    pub fn new() -> Self {
+        Self { blocks: BlockTable::new(), pending: HashMap::new() }
+    }
+
+    /// A block was allocated at `addr`, now.
+    #[inline]
+    pub fn alloc(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, size: u64, id: StackId) {
+        if addr == 0 {
+            return;
+        }
+        let Some(stack) = cx.stack_index(stacks, id, Class::Heap) else {
+            // Nothing is kept of it; but what was there has been freed all the same.
+            self.replaced(cx, stacks, addr);
+            return;
+        };
+        self.insert(cx, stacks, addr, Block { size, stack, birth: cx.tick });
+    }
+
+    /// Puts a block into the table and its history.
+    #[inline]
+    fn insert(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, block: Block) {
+        if !cx.room.blocks.has() && !self.replaced(cx, stacks, addr) {
+            cx.counters.live_capped += 1;
+            return;
+        }
+        cx.room.blocks.used += 1;
+        if let Some(old) = self.blocks.insert(addr, block) {
+            cx.room.blocks.used -= 1;
+            cx.counters.replaced += 1;
+            stacks.died(old.stack, cx.now, old.birth, old.size);
+        }
+        stacks.born(block.stack, cx.now, block.birth, block.size);
+    }
+
+    /// The address was handed out again: if a block is live there, its free was missed. Says whether one was.
+    fn replaced(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64) -> bool {
+        let Some(old) = self.blocks.remove(addr) else {
+            return false;
+        };
+        cx.counters.replaced += 1;
+        Self::died(cx, stacks, old);
+        true
+    }
+
+    /// A block that is no longer in the table is dead.
+    #[inline]
+    fn died(cx: &mut Context<'_>, stacks: &mut Stacks, block: Block) {
+        cx.room.blocks.used -= 1;
+        stacks.died(block.stack, cx.now, block.birth, block.size);
+    }
+
+    /// The block at `addr` was freed.
+    #[inline]
+    pub fn free(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64) {
+        match self.blocks.remove(addr) {
+            Some(block) => Self::died(cx, stacks, block),
+            None => cx.counters.free_of_unknown += 1,
+        }
+    }
+
+    /// The block at `addr` was freed at `time`, which is known only now.
+    pub fn missed_free(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, time: Tick) {
+        match self.blocks.get(addr) {
+            // Born in the same tick: whether before or after the free nobody knows, and only one of the two mistakes would
+            // make a leak of it.
+            Some(block) if block.birth <= time => {
+                self.blocks.remove(addr);
+                cx.counters.missed_free_applied += 1;
+                Self::died(cx, stacks, block);
+            }
+            _ => cx.counters.missed_free_stale += 1,
+        }
+    }
+
+    /// Thread `tid` calls realloc for the block at `addr`.
+    pub fn realloc_begin(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, tid: u32, addr: u64) {
+        let lost = match self.blocks.remove(addr) {
+            Some(block) => self.pending.insert(tid, Pending { addr, block }),
+            None => self.pending.remove(&tid),
+        };
+        if let Some(Pending { block, .. }) = lost {
+            // The end of the thread's last realloc was lost. That it failed is unlikely, and to call its block freed is
+            // safe.
+            cx.counters.pending_replaced += 1;
+            Self::died(cx, stacks, block);
+        }
+    }
+
+    /// Thread `tid`'s realloc has ended.
+    pub fn realloc_end(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, tid: u32, new: Resized) {
+        let old = self.pending.remove(&tid);
+        match (new.addr, new.size, old) {
+            (0, 0, Some(old)) => Self::died(cx, stacks, old.block),
+            (0, 0, None) => cx.counters.free_of_unknown += 1,
+            (0, _, Some(old)) => self.put_back(cx, stacks, old.addr, old.block),
+            (0, _, None) => {}
+            (_, _, old) => self.resized(cx, stacks, old.map(|old| old.block), new),
+        }
+    }
+
+    /// A failed realloc leaves its block as it was.
+    fn put_back(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, old: Block) {
+        if self.blocks.get(addr).is_some() {
+            // Handed out meanwhile: so it had been freed by then, by another thread and unseen.
+            cx.counters.replaced += 1;
+            Self::died(cx, stacks, old);
+        } else {
+            // Its history has counted it all the time.
+            self.blocks.insert(addr, old);
+        }
+    }
+
+    /// realloc made `old` into `new`: a block of another size and stack, but of the same birth.
+    fn resized(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, old: Option<Block>, new: Resized) {
+        let trusted = old.filter(|old| old.stack != DISTRUSTED);
+        let index = cx.stack_index(stacks, new.stack, Class::Heap);
+        if old.is_some() {
+            cx.room.blocks.used -= 1;
+        }
+        match index {
+            Some(stack) => {
+                // What was in doubt is so no longer: it is live, and born now as far as its history can tell.
+                let birth = trusted.map_or(cx.tick, |old| old.birth);
+                self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth });
+            }
+            None => {
+                self.replaced(cx, stacks, new.addr);
+            }
+        }
+        // After the new block, so that the floor of a stack that has both does not dip.
+        if let Some(old) = old {
+            stacks.died(old.stack, cx.now, old.birth, old.size);
+        }
+    }
+
+    /// Takes every block that was born by `until` out of the verdicts, those in the hands of realloc too.
+    pub fn distrust(&mut self, cx: &Context<'_>, stacks: &mut Stacks, until: Tick) {
+        let mut distrust = |block: &mut Block| {
+            if block.birth <= until {
+                stacks.distrust(&mut block.stack, cx.now, block.birth, block.size);
+            }
+        };
+        self.blocks.for_each_mut(&mut distrust);
+        self.pending.values_mut().for_each(|pending| distrust(&mut pending.block));
+    }
+
+    /// Counts what threads have in the hands of realloc as freed: in a forked child those threads are not there.
+    pub fn drop_pending(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks) {
+        for pending in std::mem::take(&mut self.pending).into_values() {
+            Self::died(cx, stacks, pending.block);
+        }
+    }
+
+    /// Live blocks, those in the hands of realloc included.
+    pub fn live(&self) -> usize {
+        self.blocks.len() + self.pending.len()
+    }
+
+    #[inline]
+    pub fn prefetch(&self, addr: u64) {
+        self.blocks.prefetch(addr);
+    }
+
+    /// Bytes that the table of blocks occupies.
+    pub fn capacity_bytes(&self) -> usize {
+        self.blocks.capacity_bytes()
+    }
+}
