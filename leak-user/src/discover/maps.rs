@@ -94,7 +94,7 @@ impl<'a> Mapping<'a> {
 }
 
 /// Opens a regular file and nothing else; neither a pipe nor a terminal can hold us up.
-fn open_regular(path: &Path) -> io::Result<File> {
+pub fn open_regular(path: &Path) -> io::Result<File> {
     let no_regular_file = || io::Error::other("not a regular file");
     if !path.metadata()?.is_file() {
         return Err(no_regular_file());
