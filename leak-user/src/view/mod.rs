@@ -1,1 +1,250 @@
-//! To be written.
+//! Shows reports: as text, on a live terminal, as JSON. Reads nothing but [`Report`]; names and paths in it come from the
+//! target and reach a terminal only through [`safe()`].
+
+mod compose;
+mod file;
+pub mod json;
+mod live;
+mod names;
+mod safe;
+pub mod text;
+mod units;
+mod words;
+
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+pub use compose::Look;
+pub use live::{Input, LiveView, LogSink};
+pub use safe::{safe, safe_bytes};
+pub use units::{bytes, duration, rate};
+
+use crate::config::{Config, Format, Target};
+use crate::report::Report;
+use file::ReportFile;
+
+/// Whether anybody still reads the reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "when the reader has gone, tracing should end quietly"]
+pub enum Outcome {
+    Open,
+    /// The reader of the standard output went away: no failure, but the end.
+    Closed,
+}
+
+/// Where the reports of one run go.
+pub struct Output {
+    sink: Sink,
+    format: Format,
+    top: usize,
+    /// Whether text is written at each interval, or only at the end.
+    intervals: bool,
+    written: bool,
+}
+
+enum Sink {
+    Stream { out: Box<dyn Write + Send>, terminal: bool },
+    File(ReportFile),
+    Live(LiveView),
+}
+
+impl Output {
+    /// Gets the output ready before tracing starts; an output file that cannot be written is an error here.
+    ///
+    /// The live view is used when text goes to a terminal whose keyboard is ours too. A command that is started shares
+    /// the terminal, so for its run the terminal is left alone and only the final report is written.
+    pub fn open(config: &Config) -> Result<Self> {
+        let stdout = io::stdout();
+        let terminal = stdout.is_terminal();
+        let alone = matches!(config.target, Target::Pids(_));
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+        let sink = if let Some(path) = &config.output {
+            Sink::File(ReportFile::create(path)?)
+        } else if config.format == Format::Text && terminal && alone && !dumb && io::stdin().is_terminal() {
+            Sink::Live(LiveView::new(config.top).context("set up the terminal")?)
+        } else {
+            Sink::Stream { out: Box::new(stdout), terminal }
+        };
+        Ok(Self { sink, format: config.format, top: config.top, intervals: alone || !terminal, written: false })
+    }
+
+    /// Whether the live view has the terminal: then [`Output::poll_input`] should be called often.
+    pub fn is_live(&self) -> bool {
+        matches!(self.sink, Sink::Live(_))
+    }
+
+    /// Handles the keyboard of the live view, waiting up to `timeout` for a key. Without a live view: nothing, at once.
+    pub fn poll_input(&mut self, timeout: Duration) -> Result<Option<Input>> {
+        match &mut self.sink {
+            Sink::Live(view) => view.poll_input(timeout).context("read the terminal"),
+            _ => Ok(None),
+        }
+    }
+
+    /// Shows the report of an interval, where the format has such.
+    pub fn interval(&mut self, report: &Report) -> Result<Outcome> {
+        let (format, look) = (self.format, self.top);
+        match (&mut self.sink, format) {
+            (Sink::Live(view), _) => {
+                view.draw(report).context("draw on the terminal")?;
+                Ok(Outcome::Open)
+            }
+            (Sink::Stream { out, .. }, Format::Jsonl) => {
+                outcome(json::write_line(out, report).and_then(|()| out.flush()))
+            }
+            (Sink::File(file), Format::Jsonl) => outcome(json::write_line(file, report)),
+            (Sink::Stream { out, terminal }, Format::Text) if self.intervals => {
+                let result = write_text(out, report, look, *terminal, self.written);
+                self.written = true;
+                outcome(result)
+            }
+            _ => Ok(Outcome::Open),
+        }
+    }
+
+    /// Writes the final report and, for a file, puts it in its place. A live view gives the terminal back first.
+    pub fn finish(self, report: &Report) -> Result<Outcome> {
+        let (mut out, terminal): (Box<dyn Write + Send>, _) = match self.sink {
+            Sink::File(mut file) => {
+                match self.format {
+                    Format::Text => {
+                        let look = Look { width: text::PLAIN_WIDTH, cut: false, top: self.top };
+                        text::write(&mut file, report, look, false)
+                    }
+                    Format::Json => json::write_pretty(&mut file, report),
+                    Format::Jsonl => json::write_line(&mut file, report),
+                }
+                .context("write the report")?;
+                file.finish()?;
+                return Ok(Outcome::Open);
+            }
+            Sink::Stream { out, terminal } => (out, terminal),
+            Sink::Live(view) => {
+                drop(view);
+                (Box::new(io::stdout()), true)
+            }
+        };
+        outcome(
+            match self.format {
+                Format::Text => write_text(&mut out, report, self.top, terminal, self.written),
+                Format::Json => json::write_pretty(&mut out, report),
+                Format::Jsonl => json::write_line(&mut out, report),
+            }
+            .and_then(|()| out.flush()),
+        )
+    }
+}
+
+/// Text for a stream: as wide as the terminal and in colours, or plain with whole names.
+fn write_text(out: &mut dyn Write, report: &Report, top: usize, terminal: bool, again: bool) -> io::Result<()> {
+    if again {
+        out.write_all(b"\n")?;
+    }
+    let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let size = if terminal { crossterm::terminal::size().ok() } else { None };
+    let look = match size {
+        Some((columns, _)) if columns > 0 => Look { width: columns.into(), cut: true, top },
+        _ => Look { width: text::PLAIN_WIDTH, cut: false, top },
+    };
+    text::write(out, report, look, colour)?;
+    out.flush()
+}
+
+/// A reader that went away is no failure.
+fn outcome(result: io::Result<()>) -> Result<Outcome> {
+    match result {
+        Ok(()) => Ok(Outcome::Open),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Outcome::Closed),
+        Err(error) => Err(error).context("write the report"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::sample;
+    use std::fs;
+    use std::io::{BufRead, BufReader, Read};
+    use std::path::Path;
+
+    fn config(args: &[&str]) -> Config {
+        use clap::Parser;
+        let flags = crate::cli::Flags::parse_from(["leaktrace", "-p", "1"].iter().chain(args));
+        match crate::config::Invocation::check(flags).unwrap() {
+            crate::config::Invocation::Trace(config) => config,
+            crate::config::Invocation::Doctor => unreachable!("-p was given"),
+        }
+    }
+
+    fn to_pipe(format: Format) -> (Output, io::PipeReader) {
+        let (reader, writer) = io::pipe().unwrap();
+        let sink = Sink::Stream { out: Box::new(writer), terminal: false };
+        (Output { sink, format, top: 10, intervals: true, written: false }, reader)
+    }
+
+    fn in_file(path: &Path, format: &str) -> String {
+        let mut output = Output::open(&config(&["-o", path.to_str().unwrap(), "--format", format])).unwrap();
+        assert_eq!(output.interval(&sample::warming()).unwrap(), Outcome::Open);
+        assert!(!path.exists());
+        assert_eq!(output.finish(&sample::leaking()).unwrap(), Outcome::Open);
+        fs::read_to_string(path).unwrap()
+    }
+
+    /// A file holds the final report; for jsonl every report, the final one last.
+    #[test]
+    fn what_a_file_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(in_file(&folder.path().join("a.txt"), "text"), include_str!("golden/leaking.txt"));
+        let json = in_file(&folder.path().join("a.json"), "json");
+        assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), sample::leaking());
+        let lines = in_file(&folder.path().join("a.jsonl"), "jsonl");
+        let reports: Vec<Report> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(reports, [sample::warming(), sample::leaking()]);
+    }
+
+    /// Piped, text and jsonl come at each interval and at once, json only at the end.
+    #[test]
+    fn what_a_pipe_gets() {
+        let (mut output, reader) = to_pipe(Format::Jsonl);
+        let mut reader = BufReader::new(reader);
+        let mut line = String::new();
+        let _ = output.interval(&sample::warming()).unwrap();
+        reader.read_line(&mut line).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&line).unwrap(), sample::warming());
+
+        let (mut output, mut reader) = to_pipe(Format::Text);
+        let _ = output.interval(&sample::warming()).unwrap();
+        let _ = output.finish(&sample::leaking()).unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, concat!(include_str!("golden/warming.txt"), "\n", include_str!("golden/leaking.txt")));
+
+        let (mut output, mut reader) = to_pipe(Format::Json);
+        let _ = output.interval(&sample::warming()).unwrap();
+        let _ = output.finish(&sample::leaking()).unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), sample::leaking());
+    }
+
+    /// A reader that closes early is a quiet end, at an interval as at the end.
+    #[test]
+    fn closed_reader() {
+        for format in [Format::Text, Format::Jsonl] {
+            let (mut output, reader) = to_pipe(format);
+            drop(reader);
+            assert_eq!(output.interval(&sample::warming()).unwrap(), Outcome::Closed);
+            assert_eq!(output.finish(&sample::leaking()).unwrap(), Outcome::Closed);
+        }
+    }
+
+    /// Any other failure to write is an error: a full disk must not look like a report.
+    #[test]
+    fn full_disk_is_an_error() {
+        let output = Output::open(&config(&["-o", "/dev/full", "--format", "json"])).unwrap();
+        let error = format!("{:#}", output.finish(&sample::leaking()).unwrap_err());
+        assert!(error.contains("No space left"), "{error}");
+    }
+}
