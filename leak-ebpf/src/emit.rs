@@ -12,7 +12,7 @@ use crate::maps::{EVENTS, MISSED, count};
 /// Copies a record into the ring; false where it is full. One call where reserve and submit are two: calls are what a
 /// program's time goes into.
 #[inline(always)]
-fn output<T>(record: &T) -> bool {
+pub fn output<T>(record: &T) -> bool {
     // SAFETY: the record is initialised to its last byte (no implicit padding, see leak_common) and lies on the stack.
     let result = unsafe {
         bpf_ringbuf_output(

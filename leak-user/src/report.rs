@@ -36,6 +36,9 @@ pub struct Report {
     pub events_per_s: Option<f64>,
     /// What was lost, by counter; only counters that are not zero.
     pub losses: BTreeMap<String, u64>,
+    /// What was met that is no loss but explains numbers, such as failed allocations; only counters that are not zero.
+    #[serde(default)]
+    pub counters: BTreeMap<String, u64>,
     /// The program that leaktrace started, if it did.
     pub command: Option<Command>,
     /// Worst first, see [`Report::sort`].
@@ -323,6 +326,7 @@ impl Report {
             events: 0,
             events_per_s: None,
             losses: BTreeMap::new(),
+            counters: BTreeMap::new(),
             command: None,
             processes: Vec::new(),
         }

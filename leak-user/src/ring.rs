@@ -21,8 +21,8 @@ const BUSY: u32 = 1 << 31;
 const DISCARD: u32 = 1 << 30;
 const HEADER: u64 = 8;
 
-/// How many bytes are taken before the kernel is told, so that it has room again: small against the ring.
-const BATCH_BYTES: u64 = 128 << 10;
+/// How many records are taken before the kernel is told, so that it has room again: a few KiB, small against the ring.
+const BATCH: usize = 256;
 
 /// The consumer's end of a ring buffer.
 pub struct Ring {
@@ -88,54 +88,59 @@ impl Ring {
         self.size
     }
 
-    /// Hands records to `each`, oldest first, up to those that were there at the time of the call. Ends early at a record
-    /// that is still being written. Returns how many there were.
-    pub fn drain(&mut self, mut each: impl FnMut(&[u8])) -> u64 {
+    /// Hands records to `each`, oldest first and several at a time, up to those that were there at the time of the call.
+    /// Ends early at a record that is still being written. Returns how many there were.
+    pub fn drain(&mut self, mut each: impl FnMut(&[&[u8]])) -> u64 {
         let end = self.producer.word().load(Ordering::Acquire);
         let mut records = 0;
-        let mut told = self.position;
-        while self.position < end {
-            let Some(record) = self.next(end) else { break };
-            if let Some(record) = record {
-                each(record);
-                records += 1;
+        let mut position = self.position;
+        let mut batch = Vec::with_capacity(BATCH);
+        while position < end {
+            batch.clear();
+            while batch.len() < BATCH && position < end {
+                let Some((record, next)) = self.record_at(position, end) else { break };
+                batch.extend(record);
+                position = next;
             }
-            if self.position - told >= BATCH_BYTES {
-                self.consumer.word().store(self.position, Ordering::Release);
-                told = self.position;
+            if position == self.position {
+                break;
             }
+            each(&batch);
+            records += batch.len() as u64;
+            // Only now: until then the kernel leaves the records alone.
+            self.consumer.word().store(position, Ordering::Release);
+            self.position = position;
         }
-        self.consumer.word().store(self.position, Ordering::Release);
         records
     }
 
-    /// The next record, `Some(None)` for a discarded one, `None` where it is still being written.
-    fn next(&mut self, end: u64) -> Option<Option<&[u8]>> {
-        let at = self.data_offset + (self.position & (self.size - 1)) as usize;
+    /// The record at a position, `None` in its place for a discarded one, and the position after it. Nothing where it is
+    /// still being written.
+    fn record_at(&self, position: u64, end: u64) -> Option<(Option<&'static [u8]>, u64)> {
+        let at = self.data_offset + (position & (self.size - 1)) as usize;
         // SAFETY: at is within the first copy of the data, aligned to eight bytes as all positions are.
         let header = unsafe { self.producer.start.byte_add(at).cast::<AtomicU32>().as_ref() }.load(Ordering::Acquire);
         if header & BUSY != 0 {
             return None;
         }
         let length = u64::from(header & !(BUSY | DISCARD));
-        let next = self.position + HEADER + length.next_multiple_of(8);
+        let next = position + HEADER + length.next_multiple_of(8);
         if next > end || length > self.size {
             // The kernel does not write such a header; not to be read past the end if it did.
             return None;
         }
-        self.position = next;
         if header & DISCARD != 0 {
-            return Some(None);
+            return Some((None, next));
         }
         // SAFETY: the record lies between consumer and producer position, both copies of the data are mapped, and the
-        // kernel does not write there again before the position that is told to it has passed.
+        // kernel does not write there again before `drain` tells it the position; the slice does not leave `drain`.
         let record = unsafe {
             std::slice::from_raw_parts(
                 self.producer.start.byte_add(at + HEADER as usize).cast().as_ptr(),
                 length as usize,
             )
         };
-        Some(Some(record))
+        Some((Some(record), next))
     }
 }
 

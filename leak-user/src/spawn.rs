@@ -49,6 +49,14 @@ impl Spawned {
         Ok(spawned)
     }
 
+    /// How it ended, as far as that is known without waiting.
+    pub fn status(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().ok().flatten();
+        }
+        self.status
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()

@@ -10,7 +10,7 @@ use aya_ebpf::macros::uprobe;
 use aya_ebpf::programs::ProbeContext;
 use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 
-use crate::emit::{emit, emit_free, header, missed_free};
+use crate::emit::{emit, emit_free, header, missed_free, output};
 use crate::maps::{count, is_target, now, size_is_followed};
 use crate::regs::{self, Frame};
 use crate::stack;
@@ -87,7 +87,7 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
             tid: ids.tid,
             reserved: 0,
         };
-        if !emit(begin, counter::RING_FULL_OTHER) {
+        if !output(&begin) {
             // The block may be gone when realloc returns: it is treated as freed, and the result as a new one.
             missed_free(ids.tgid, pointer, now);
         }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData};
 use aya::programs::RawTracePoint;
+use aya::programs::raw_trace_point::RawTracePointLink;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
 use leak_common::op;
@@ -78,7 +79,7 @@ pub struct Point {
 }
 
 /// The probes in one file for one process; they are removed when this is dropped.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Probes {
     links: Vec<OwnedFd>,
 }
@@ -87,6 +88,11 @@ impl Drop for Probes {
     fn drop(&mut self) {
         close_all(std::mem::take(&mut self.links));
     }
+}
+
+/// Removes many probes at once, side by side.
+pub fn detach(probes: impl IntoIterator<Item = Probes>) {
+    close_all(probes.into_iter().flat_map(|mut probes| std::mem::take(&mut probes.links)).collect());
 }
 
 /// Closes links. A perf event waits for a grace period of its own (108 ms measured, whatever else is going on), so many
@@ -106,6 +112,7 @@ pub struct Programs {
     kind: UprobeKind,
     targets: BpfHashMap<MapData, u32, u32>,
     clock: ClockSync,
+    system_links: Vec<RawTracePointLink>,
 }
 
 /// Keeps `leak_common::Clock` current.
@@ -147,15 +154,18 @@ impl Programs {
         if settings.mappings {
             system.extend(MAPPING_PROGRAMS);
         }
+        let mut system_links = Vec::new();
         for (name, tracepoint) in system {
             let program: &mut RawTracePoint =
                 ebpf.program_mut(name).ok_or_else(|| anyhow!("the BPF object lacks the program {name}"))?.try_into()?;
             program.load().with_context(|| format!("failed to load the BPF program {name}"))?;
-            program.attach(tracepoint).with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
+            let link = program.attach(tracepoint);
+            let link = link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
+            system_links.push(program.take_link(link)?);
         }
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let clock = ClockSync::new(&mut ebpf)?;
-        let mut programs = Self { ebpf, uprobes, kind, targets, clock };
+        let mut programs = Self { ebpf, uprobes, kind, targets, clock, system_links };
         programs.sync_clock();
         Ok(programs)
     }
@@ -166,6 +176,11 @@ impl Programs {
         if let Err(error) = self.clock.sync(&self.ebpf) {
             log::debug!("the programs' clock is not calibrated: {error:#}");
         }
+    }
+
+    /// Detaches from the system's tracepoints.
+    pub fn detach_system(&mut self) {
+        self.system_links.clear();
     }
 
     /// How uprobes are attached.

@@ -66,16 +66,16 @@ impl Function {
         }
     }
 
-    /// What its arguments mean, one of [`leak_common::op`]; none of those that take back the block in the first argument.
-    pub fn op(self) -> Option<u8> {
+    /// What its arguments mean, one of [`leak_common::op`].
+    pub fn op(self) -> u8 {
         match self {
-            Self::Malloc | Self::Valloc | Self::Pvalloc => Some(op::MALLOC),
-            Self::Calloc => Some(op::CALLOC),
-            Self::Realloc => Some(op::REALLOC),
-            Self::Reallocarray => Some(op::REALLOCARRAY),
-            Self::PosixMemalign => Some(op::POSIX_MEMALIGN),
-            Self::AlignedAlloc | Self::Memalign => Some(op::ALIGNED),
-            Self::Free | Self::Cfree | Self::FreeSized | Self::FreeAlignedSized => None,
+            Self::Malloc | Self::Valloc | Self::Pvalloc => op::MALLOC,
+            Self::Calloc => op::CALLOC,
+            Self::Realloc => op::REALLOC,
+            Self::Reallocarray => op::REALLOCARRAY,
+            Self::PosixMemalign => op::POSIX_MEMALIGN,
+            Self::AlignedAlloc | Self::Memalign => op::ALIGNED,
+            Self::Free | Self::Cfree | Self::FreeSized | Self::FreeAlignedSized => op::FREE,
         }
     }
 
@@ -100,7 +100,7 @@ pub struct ProbePoint {
 
 impl ProbePoint {
     /// See [`Function::op`].
-    pub fn op(&self) -> Option<u8> {
+    pub fn op(&self) -> u8 {
         self.function.op()
     }
 
@@ -210,7 +210,7 @@ pub fn read(file: &File, kernel: Emulation) -> Result<Contents, Unusable> {
         candidates.extend(Function::of_symbol(name).map(|function| (function, symbol)));
     }
     // By place and kind of arguments: several names, and several versions of a name, may share code.
-    let mut found: BTreeMap<(u64, Option<u8>), ProbePoint> = BTreeMap::new();
+    let mut found: BTreeMap<(u64, u8), ProbePoint> = BTreeMap::new();
     for &(function, symbol) in candidates.iter().filter(|c| is_principal(**c, &candidates)) {
         match elf.locate(symbol) {
             Err(why) => contents.unprobed.push((function, why)),

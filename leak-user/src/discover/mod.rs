@@ -77,7 +77,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// Why nothing can be attached in the file.
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         match self {
             Self::Allocator => "allocator".to_owned(),
             Self::NoAllocator => "not defined".to_owned(),

@@ -81,6 +81,7 @@ fn report(process: Process) -> Report {
         mode: Mode { sampling: Sampling::Exact, interval_bytes: None, unwinder: Unwinder::Fp },
         events: 1_269_000,
         events_per_s: Some(42_300.0),
+        counters: BTreeMap::new(),
         losses: BTreeMap::new(),
         command: None,
         processes: vec![process],

@@ -1,0 +1,225 @@
+//! The thread between the ring and everything else: it takes records out by the clock, applies them to the ledger, and
+//! tells the tracer of the few that ask for something to be done. It never waits for anybody: while a report is being
+//! made, the ring is still emptied.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use leak_common::counter;
+use tokio::sync::mpsc;
+
+use crate::decode::{Event, What, decode};
+use crate::ledger::Ledger;
+use crate::losses::{Losses, monotonic_now};
+use crate::recording::{self, Entry};
+use crate::ring::Ring;
+
+/// How long the ring is left alone between two visits. At ten million records of forty bytes a second the default ring
+/// would fill in about forty milliseconds.
+const PAUSE: Duration = Duration::from_millis(4);
+
+/// How often the loss counters are read when nothing hints at a loss.
+const COUNTERS_EVERY: Duration = Duration::from_millis(100);
+
+/// Something in the stream that asks for more than arithmetic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A stack was seen for the first time: take down where its code is while the process lives.
+    Stack { tgid: u32, frames: Vec<u64> },
+    /// A process executed a new program; `tid` is the thread that did.
+    Exec { tgid: u32, tid: u32 },
+    /// A process mapped code.
+    MapExec { tgid: u32 },
+}
+
+/// How many notices may wait. Beyond that they are dropped and counted: stacks then get their names later, and the slow
+/// sweep finds new mappings.
+const NOTICES: usize = 64 << 10;
+
+/// What the collector works on, shared with whoever makes reports.
+pub struct Core {
+    pub ledger: Ledger,
+    pub losses: Losses,
+    /// Records taken from the ring.
+    pub records: u64,
+    /// Records that could not be decoded.
+    pub undecodable: u64,
+    /// Notices that nobody took in time.
+    pub notices_dropped: u64,
+    ring: Ring,
+    recording: Option<recording::Writer<BufWriter<File>>>,
+    /// Why the recording ended early.
+    pub recording_error: Option<std::io::Error>,
+    notices: mpsc::Sender<Notice>,
+    kept_aside: u64,
+    lost: u64,
+    counters_read: Instant,
+}
+
+impl Core {
+    fn new(
+        ledger: Ledger,
+        ring: Ring,
+        losses: Losses,
+        recording: Option<recording::Writer<BufWriter<File>>>,
+    ) -> (Self, mpsc::Receiver<Notice>) {
+        let (notices, receiver) = mpsc::channel(NOTICES);
+        let core = Self {
+            ledger,
+            losses,
+            records: 0,
+            undecodable: 0,
+            notices_dropped: 0,
+            ring,
+            recording,
+            recording_error: None,
+            notices,
+            kept_aside: 0,
+            lost: 0,
+            counters_read: Instant::now(),
+        };
+        (core, receiver)
+    }
+
+    /// Tells the ledger something that does not come from the ring.
+    pub fn tell(&mut self, entry: Entry<'_>) {
+        record(&mut self.recording, &mut self.recording_error, entry);
+        recording::apply(&mut self.ledger, entry);
+    }
+
+    /// Takes all that is in the ring by now, and what the kernel kept aside while it was full.
+    pub fn collect(&mut self) {
+        let crowded = self.ring.pending() > self.ring.size() / 2;
+        if !crowded && self.counters_read.elapsed() < COUNTERS_EVERY {
+            self.drain();
+            return;
+        }
+        self.counters_read = Instant::now();
+        let kept_aside = self.losses.get(counter::RING_FULL_FREE);
+        let lost = self.losses.get(counter::FREE_LOST) + self.losses.get(counter::RING_FULL_OTHER);
+        // The overflow map first, then the ring: all records from before a kept free are then applied before it is.
+        let missed = if kept_aside == self.kept_aside { Vec::new() } else { self.losses.drain_missed() };
+        self.kept_aside = kept_aside;
+        self.drain();
+        for free in missed {
+            self.tell(Entry::MissedFree { tgid: free.tgid, addr: free.addr, time: free.time });
+        }
+        if lost != self.lost {
+            self.lost = lost;
+            self.tell(Entry::Distrust { time: monotonic_now() });
+        }
+    }
+
+    fn drain(&mut self) {
+        let Self { ring, ledger, recording, recording_error, notices, undecodable, notices_dropped, .. } = self;
+        self.records += ring.drain(|batch| {
+            let mut decoded: Vec<Event<'_>> = Vec::with_capacity(batch.len());
+            for bytes in batch {
+                record(recording, recording_error, Entry::Record(bytes));
+                let Ok(event) = decode(bytes) else {
+                    *undecodable += 1;
+                    continue;
+                };
+                if let Some(notice) = notice(&event)
+                    && notices.try_send(notice).is_err()
+                {
+                    *notices_dropped += 1;
+                }
+                decoded.push(event);
+            }
+            ledger.apply_batch(&decoded);
+        });
+    }
+
+    /// Ends the recording, if there is one.
+    pub fn finish_recording(&mut self) -> Result<()> {
+        if let Some(error) = self.recording_error.take() {
+            return Err(error).context("failed to write the recording");
+        }
+        match self.recording.take() {
+            Some(writer) => writer.finish().map(drop).context("failed to write the recording"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes one entry to the recording; after a failure no more.
+fn record(
+    recording: &mut Option<recording::Writer<BufWriter<File>>>,
+    failed: &mut Option<std::io::Error>,
+    entry: Entry<'_>,
+) {
+    if let Some(writer) = recording
+        && let Err(error) = writer.write(entry)
+    {
+        *failed = Some(error);
+        *recording = None;
+    }
+}
+
+fn notice(event: &Event<'_>) -> Option<Notice> {
+    let tgid = event.tgid;
+    match event.what {
+        What::Stack { frames, .. } => Some(Notice::Stack { tgid, frames: frames.iter().collect() }),
+        What::Exec { tid, .. } => Some(Notice::Exec { tgid, tid }),
+        What::MapExec { .. } => Some(Notice::MapExec { tgid }),
+        _ => None,
+    }
+}
+
+/// The running thread; dropping it stops the thread.
+pub struct Collector {
+    core: Arc<Mutex<Core>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Collector {
+    /// Starts collecting.
+    pub fn start(
+        ledger: Ledger,
+        ring: Ring,
+        losses: Losses,
+        recording: Option<recording::Writer<BufWriter<File>>>,
+    ) -> Result<(Self, mpsc::Receiver<Notice>)> {
+        let (core, notices) = Core::new(ledger, ring, losses, recording);
+        let core = Arc::new(Mutex::new(core));
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::Builder::new().name("collector".to_owned()).spawn({
+            let (core, stop) = (Arc::clone(&core), Arc::clone(&stop));
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    lock(&core).collect();
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        });
+        let thread = thread.context("failed to start the collector thread")?;
+        Ok((Self { core, stop, thread: Some(thread) }, notices))
+    }
+
+    /// The ledger and its counters; the collector waits while this is held.
+    pub fn core(&self) -> MutexGuard<'_, Core> {
+        lock(&self.core)
+    }
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A collector that panicked leaves its state as it was between two records, which is still true.
+fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
+    core.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,438 @@
+//! A run from beginning to end: attach, collect, report, detach.
+//!
+//! Three parties: the [`collector`] thread empties the ring into the ledger; the loop in [`run`] looks after the traced
+//! processes and makes reports; a task waits for signals. What the loop does may take long (reading debug information),
+//! and nothing waits for it.
+
+mod collector;
+mod host;
+mod summary;
+mod target;
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+use self::collector::{Collector, Notice};
+use self::summary::{Moment, Snapshot};
+use self::target::Target;
+use crate::attach::{Programs, Settings};
+use crate::config::{Config, Target as What};
+use crate::ledger::{Config as LedgerConfig, Ledger};
+use crate::losses::{Losses, monotonic_now};
+use crate::recording::{self, Entry};
+use crate::report::{self, Ended, Report};
+use crate::ring::{Ring, page_size};
+use crate::spawn::Spawned;
+use crate::symbols::Symbols;
+use crate::view::{Input, Outcome, Output};
+
+/// How often resident sets are sampled and windows closed.
+const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+/// How often mappings are looked at for what no event told of, and the clock is corrected.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
+/// How often the loop looks at processes, notices and keys.
+const TICK: Duration = Duration::from_millis(50);
+
+/// How a run ended, for the exit status.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished {
+    /// Whether a process leaks.
+    pub leaks: bool,
+    /// How the command ended, if one was started and it ended by itself.
+    pub command: Option<ExitStatus>,
+}
+
+/// Traces what `config` names until the end, and writes the reports. The host was checked before (`doctor`).
+pub async fn run(config: &Config) -> Result<Finished> {
+    let mut output = Output::open(config)?;
+    let recording = config.record.as_deref().map(open_recording).transpose()?;
+    let stop = watch_signals()?;
+    let mut run = Run::start(config, recording)?;
+    let result = run.until_the_end(&mut output, stop).await;
+    // Also when the loop failed: the probes first, so that the target is free while the last report is made.
+    run.detach();
+    let ended = result?;
+    let status = run.end_command()?;
+    let report = run.report(Some(ended));
+    let leaks = report.leaks();
+    run.collector.core().finish_recording()?;
+    // A reader that went away is a quiet end.
+    let _: Outcome = output.finish(&report)?;
+    Ok(Finished { leaks, command: status })
+}
+
+fn open_recording(path: &std::path::Path) -> Result<recording::Writer<BufWriter<File>>> {
+    let file = File::create(path).with_context(|| format!("failed to create the recording {}", path.display()))?;
+    recording::Writer::new(BufWriter::new(file)).with_context(|| format!("failed to write {}", path.display()))
+}
+
+/// True once a first SIGINT, SIGTERM or SIGHUP has come. A second one ends the program at once; the kernel takes the
+/// probes down with it.
+fn watch_signals() -> Result<watch::Receiver<bool>> {
+    let (sender, receiver) = watch::channel(false);
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        for again in [false, true] {
+            let number = tokio::select! {
+                _ = interrupt.recv() => libc::SIGINT,
+                _ = terminate.recv() => libc::SIGTERM,
+                _ = hangup.recv() => libc::SIGHUP,
+            };
+            if again {
+                restore_terminal();
+                std::process::exit(128 + number);
+            }
+            // The loop may be gone already.
+            let _ = sender.send(true);
+        }
+    });
+    Ok(receiver)
+}
+
+/// What is running.
+struct Run<'a> {
+    config: &'a Config,
+    programs: Programs,
+    collector: Collector,
+    notices: mpsc::Receiver<Notice>,
+    targets: Vec<Target>,
+    symbols: Symbols,
+    command: Option<Spawned>,
+    host: report::Host,
+    started_at: jiff::Timestamp,
+    started: Instant,
+    start_ns: u64,
+    /// Records and time at the previous report.
+    last_report: (u64, Instant),
+}
+
+impl<'a> Run<'a> {
+    /// Loads the programs and attaches to every target.
+    fn start(config: &'a Config, recording: Option<recording::Writer<BufWriter<File>>>) -> Result<Self> {
+        // Before anything is loaded: a pid that is not there, or not ours, is the likeliest mistake.
+        let targets = match &config.target {
+            What::Pids(pids) => pids.iter().map(|pid| Target::open(*pid)).collect::<Result<_>>()?,
+            What::Command(_) => Vec::new(),
+        };
+        raise_memlock();
+        let settings = Settings {
+            min_size: config.min_size,
+            max_size: config.max_size,
+            mappings: config.resources.mmap,
+            ..Settings::default()
+        };
+        let mut programs = Programs::load(&settings)?;
+        let ring = Ring::take(&mut programs, settings.ring_bytes)?;
+        let losses = Losses::take(&mut programs)?;
+        forward_logs(&mut programs);
+        let ledger = Ledger::new(LedgerConfig { page_size: page_size() as u64, ..LedgerConfig::default() });
+        let (collector, notices) = Collector::start(ledger, ring, losses, recording)?;
+        let started = Instant::now();
+        let mut run = Self {
+            config,
+            programs,
+            collector,
+            notices,
+            targets: Vec::new(),
+            symbols: Symbols::new().context("failed to start the symbolizer")?,
+            command: None,
+            host: host::host(),
+            started_at: jiff::Timestamp::now(),
+            started,
+            start_ns: monotonic_now(),
+            last_report: (0, started),
+        };
+        match &config.target {
+            What::Pids(_) => {
+                for target in targets {
+                    run.attach(target, true)?;
+                }
+            }
+            What::Command(command) => run.start_command(command)?,
+        }
+        Ok(run)
+    }
+
+    /// Starts following a process. With `required`, not finding an allocator in it is an error.
+    fn attach(&mut self, mut target: Target, required: bool) -> Result<()> {
+        let id = target.id();
+        self.symbols.add(id);
+        let brk = program_break(id.tgid);
+        {
+            let mut core = self.collector.core();
+            core.tell(Entry::AddProcess { tgid: id.tgid, start_time: id.start_time, time: monotonic_now() });
+            if let Some(addr) = brk {
+                core.tell(Entry::SetBreak { tgid: id.tgid, addr });
+            }
+        }
+        self.programs.add_target(id.tgid)?;
+        let attached = self.attach_allocators(&mut target, required);
+        if target.notice_end() {
+            // It ended while it was being attached to: the report says so.
+            log::warn!("pid {} has ended", id.tgid);
+        } else {
+            attached?;
+        }
+        target.sample_rss(0.0);
+        self.targets.push(target);
+        Ok(())
+    }
+
+    fn attach_allocators(&self, target: &mut Target, required: bool) -> Result<()> {
+        if !self.config.resources.heap {
+            return Ok(());
+        }
+        target.attach_new(&self.programs)?;
+        for path in &self.config.allocators {
+            target.attach_named(&self.programs, path)?;
+        }
+        if required { target.require_allocator() } else { Ok(()) }
+    }
+
+    /// Starts the command, attached to each of its files as it is mapped.
+    fn start_command(&mut self, command: &[std::ffi::OsString]) -> Result<()> {
+        let spawned = Spawned::start(command, |tgid| match self.targets.first_mut() {
+            None => {
+                let target = Target::open(tgid)?;
+                self.attach(target, false)
+            }
+            Some(target) if self.config.resources.heap => target.attach_new(&self.programs),
+            Some(_) => Ok(()),
+        })?;
+        self.command = Some(spawned);
+        if let Some(target) = self.targets.first_mut() {
+            // The name was the tracer's own until exec.
+            let _ = target.process.refresh();
+            if self.config.resources.heap && !target.notice_end() {
+                target.require_allocator()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows the targets until there is a reason to end.
+    async fn until_the_end(&mut self, output: &mut Output, mut stop: watch::Receiver<bool>) -> Result<Ended> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let (mut sampled, mut swept) = (Instant::now(), Instant::now());
+        // The live view has something to show soon; a pipe gets one report each interval.
+        let first = if output.is_live() { Duration::from_millis(500) } else { self.config.interval };
+        let mut next_report = Instant::now() + first;
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                _ = stop.changed() => return Ok(Ended::Interrupted),
+            }
+            if *stop.borrow() {
+                return Ok(Ended::Interrupted);
+            }
+            if matches!(output.poll_input(Duration::ZERO)?, Some(Input::Quit)) {
+                return Ok(Ended::Interrupted);
+            }
+            self.take_notices();
+            let now = Instant::now();
+            if now.duration_since(sampled) >= SAMPLE_EVERY {
+                sampled = now;
+                let at = self.started.elapsed().as_secs_f64();
+                self.targets.iter_mut().for_each(|target| target.sample_rss(at));
+                self.collector.core().tell(Entry::Roll { time: monotonic_now() });
+            }
+            if now.duration_since(swept) >= SWEEP_EVERY {
+                swept = now;
+                self.sweep();
+            }
+            if now >= next_report {
+                next_report = now + self.config.interval;
+                let report = self.report(None);
+                if output.interval(&report)? == Outcome::Closed {
+                    return Ok(Ended::OutputClosed);
+                }
+            }
+            // Every one is asked: each notes its own end.
+            let running = self.targets.iter_mut().map(|target| u32::from(!target.notice_end())).sum::<u32>();
+            if running == 0 {
+                return Ok(Ended::TargetsExited);
+            }
+            if self.config.duration.is_some_and(|duration| self.started.elapsed() >= duration) {
+                return Ok(Ended::Duration);
+            }
+        }
+    }
+
+    /// Does what the stream asked for.
+    fn take_notices(&mut self) {
+        let mut mapped: Vec<u32> = Vec::new();
+        while let Ok(notice) = self.notices.try_recv() {
+            match notice {
+                Notice::Stack { tgid, frames } => {
+                    if let Some(target) = self.targets.iter().find(|target| target.id().tgid == tgid) {
+                        self.symbols.note(target.id(), frames);
+                    }
+                }
+                Notice::MapExec { tgid } => {
+                    if let Some(target) = self.targets.iter().find(|target| target.id().tgid == tgid) {
+                        self.symbols.mappings_changed(target.id());
+                        if !mapped.contains(&tgid) {
+                            mapped.push(tgid);
+                        }
+                    }
+                }
+                Notice::Exec { tgid, tid } => {
+                    if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
+                        self.symbols.exec(target.id());
+                        if let Err(error) = target.exec(&self.programs, tid == tgid)
+                            && !target.notice_end()
+                        {
+                            log::warn!("pid {tgid} executed a new program and cannot be traced on: {error:#}");
+                        }
+                    }
+                }
+            }
+        }
+        for target in self.targets.iter_mut().filter(|target| mapped.contains(&target.id().tgid)) {
+            refresh(target, &self.programs, self.config);
+        }
+    }
+
+    /// Repairs what no event told of.
+    fn sweep(&mut self) {
+        self.programs.sync_clock();
+        for target in self.targets.iter_mut().filter(|target| target.ended.is_none()) {
+            refresh(target, &self.programs, self.config);
+        }
+    }
+
+    /// Removes every probe and takes what is left in the ring.
+    fn detach(&mut self) {
+        let probes: Vec<_> = self.targets.iter_mut().flat_map(Target::detach).collect();
+        let start = Instant::now();
+        crate::attach::detach(probes);
+        self.programs.detach_system();
+        log::info!("detached in {:.0?}", start.elapsed());
+        for target in &mut self.targets {
+            target.notice_end();
+            self.programs.remove_target(target.id().tgid);
+        }
+        let mut core = self.collector.core();
+        core.collect();
+        core.tell(Entry::Roll { time: monotonic_now() });
+        drop(core);
+        self.take_notices();
+    }
+
+    /// Waits for the command, or ends it. Its status, if it ended by itself.
+    fn end_command(&mut self) -> Result<Option<ExitStatus>> {
+        let Some(command) = &mut self.command else { return Ok(None) };
+        let status = command.end()?;
+        Ok((!command.ended_by_us()).then_some(status))
+    }
+
+    /// The report as of now; with the reason for the end, the final one.
+    fn report(&mut self, ended: Option<Ended>) -> Report {
+        let moment = Moment { now: monotonic_now(), start: self.start_ns };
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let mode =
+            report::Mode { sampling: report::Sampling::Exact, interval_bytes: None, unwinder: report::Unwinder::Fp };
+        let mut report = Report::new(mode, self.host.clone());
+        let now = Instant::now();
+        report.started_at = self.started_at;
+        report.duration_s = now.duration_since(self.started).as_secs_f64();
+        report.is_final = ended.is_some();
+        report.ended = ended;
+        report.events = snapshot.records();
+        let (events, since) = if ended.is_some() { (0, self.started) } else { self.last_report };
+        let seconds = now.duration_since(since).as_secs_f64();
+        report.events_per_s = (seconds > 0.0).then(|| report.events.saturating_sub(events) as f64 / seconds);
+        self.last_report = (report.events, now);
+        (report.losses, report.counters) = snapshot.counters();
+        report.processes =
+            self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
+        report.command = self.describe_command();
+        if let (Some(command), Some(process)) = (&report.command, report.processes.first_mut())
+            && let Some(end) = &mut process.ended
+        {
+            (end.exit_code, end.signal) = (command.exit_code, command.signal);
+        }
+        report.sort();
+        report
+    }
+
+    fn describe_command(&mut self) -> Option<report::Command> {
+        let What::Command(args) = &self.config.target else { return None };
+        let command = self.command.as_mut()?;
+        let status = command.status();
+        Some(report::Command {
+            args: args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+            pid: command.id(),
+            exit_code: status.and_then(|status| status.code()),
+            signal: status.and_then(|status| status.signal()),
+        })
+    }
+}
+
+/// Attaches to what a process has mapped since the last time.
+fn refresh(target: &mut Target, programs: &Programs, config: &Config) {
+    if config.resources.heap
+        && let Err(error) = target.attach_new(programs)
+        && !target.notice_end()
+    {
+        log::warn!("pid {}: new mappings cannot be traced: {error:#}", target.id().tgid);
+    }
+}
+
+/// Where the program break stands: the end of the `[heap]` mapping, which is the break rounded up to a page.
+fn program_break(tgid: u32) -> Option<u64> {
+    let maps = std::fs::read(format!("/proc/{tgid}/maps")).ok()?;
+    crate::discover::maps::parse(&maps).find(|mapping| mapping.path == b"[heap]").map(|mapping| mapping.end)
+}
+
+/// Before 5.11 BPF maps counted against the locked memory limit; root may raise it.
+fn raise_memlock() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        log::debug!("the locked memory limit cannot be raised: {error}");
+    }
+}
+
+/// Sends the BPF programs' own messages to our log.
+fn forward_logs(programs: &mut Programs) {
+    if !log::log_enabled!(log::Level::Debug) {
+        return;
+    }
+    // SAFETY: the logger owns its descriptor and keeps it open for as long as it lives.
+    let register = |logger| unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+    let registered = programs.forward_logs().and_then(|logger| register(logger).context("failed to wait for it"));
+    match registered {
+        Ok(mut logger) => {
+            tokio::spawn(async move {
+                while let Ok(mut ready) = logger.readable_mut().await {
+                    ready.get_inner_mut().flush();
+                    ready.clear_ready();
+                }
+            });
+        }
+        Err(error) => log::debug!("the BPF programs' messages are not shown: {error:#}"),
+    }
+}
+
+/// Gives the terminal back without waiting for the live view to do it.
+fn restore_terminal() {
+    use crossterm::terminal::{LeaveAlternateScreen, disable_raw_mode, is_raw_mode_enabled};
+    if is_raw_mode_enabled().unwrap_or(false) {
+        // There is nobody left to tell if that fails.
+        let _ = crossterm::execute!(std::io::stdout(), LeaveAlternateScreen, crossterm::cursor::Show);
+        let _ = disable_raw_mode();
+    }
+}

@@ -1,0 +1,309 @@
+//! Fills the report: judges every stack while the ledger is held, names those that are listed once it is not.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use leak_common::op;
+
+use super::collector::Core;
+use super::target::Target;
+use crate::config::Config;
+use crate::decode::{self, StackId};
+use crate::detect::{self, Judgement, ProcessVerdict, StackSummary, Verdict};
+use crate::ledger::history::{BASE_WINDOW_NS, History, Window};
+use crate::ledger::{Counters, Resource, Stack};
+use crate::report;
+use crate::symbols::Symbols;
+
+/// Counters of what is no loss: calls that were rightly left out, and frees that were kept aside and are therefore known.
+const NO_LOSS: [&str; 10] = [
+    "allocations_failed",
+    "calls_abandoned",
+    "calls_nested",
+    "frees_kept_aside_applied",
+    "frees_kept_aside_stale",
+    "frees_of_older_blocks",
+    "frees_ring_full",
+    "records_of_unknown_processes",
+    "returns_unpaired",
+    "sizes_overflowed",
+];
+
+/// A judged stack without names.
+struct Judged {
+    id: StackId,
+    resource: Resource,
+    op: u8,
+    frames: Vec<u64>,
+    end: decode::StackEnd,
+    judgement: Judgement,
+    live_bytes: u64,
+    live_count: u64,
+    allocated_bytes: u64,
+    freed_bytes: u64,
+    oldest_age_s: Option<f64>,
+    series: Vec<(f64, u64)>,
+}
+
+/// A process's part of the ledger, judged.
+struct JudgedProcess {
+    live_bytes: u64,
+    live_count: u64,
+    stacks_seen: u64,
+    growing_stacks: u64,
+    growing_bytes_per_s: f64,
+    summaries: Vec<StackSummary>,
+    /// Those that will be listed.
+    stacks: Vec<Judged>,
+}
+
+/// Everything that is taken out of the ledger at one moment.
+pub struct Snapshot {
+    processes: Vec<(u32, JudgedProcess)>,
+    counters: Counters,
+    kernel: BTreeMap<String, u64>,
+    records: u64,
+    undecodable: u64,
+    notices_dropped: u64,
+}
+
+/// When the ledger is looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    pub now: u64,
+    /// The same, when tracing started.
+    pub start: u64,
+}
+
+impl Snapshot {
+    /// Judges all stacks. The core is locked meanwhile: a few microseconds a stack.
+    pub fn take(core: &Core, moment: Moment, config: &Config) -> Self {
+        let now = core.ledger.window(moment.now);
+        // Windows are numbered from the ledger's first time.
+        let origin = core.ledger.first_time().unwrap_or(moment.start);
+        let since_start = (origin as f64 - moment.start as f64) / 1e9;
+        let processes = core
+            .ledger
+            .processes()
+            .map(|process| {
+                let live = process.live();
+                let stacks = process.stacks().filter(|stack| is_wanted(stack, config));
+                (process.tgid(), judge(stacks, now, since_start, live.bytes, live.count, config))
+            })
+            .collect();
+        Self {
+            processes,
+            counters: core.ledger.counters(),
+            kernel: core.losses.counters(),
+            records: core.records,
+            undecodable: core.undecodable,
+            notices_dropped: core.notices_dropped,
+        }
+    }
+
+    /// Records taken from the ring since the start.
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+
+    /// Counters that are not zero: what was lost, and what was met besides.
+    pub fn counters(&self) -> (BTreeMap<String, u64>, BTreeMap<String, u64>) {
+        let c = &self.counters;
+        let own = [
+            ("frees_inferred", c.replaced),
+            ("calls_without_end", c.pending_replaced),
+            ("unmaps_not_restorable", c.pending_forgotten),
+            ("stacks_missing", c.stacks_missing),
+            ("stacks_over_cap", c.stacks_capped),
+            ("blocks_over_cap", c.live_capped),
+            ("live_sets_distrusted", c.distrusts),
+            ("distrusted_bytes", c.distrusted.bytes),
+            ("records_undecodable", self.undecodable),
+            ("notices_dropped", self.notices_dropped),
+            ("frees_of_older_blocks", c.free_of_unknown),
+            ("frees_kept_aside_applied", c.missed_free_applied),
+            ("frees_kept_aside_stale", c.missed_free_stale),
+            ("records_of_unknown_processes", c.unknown_process),
+        ];
+        let own = own.into_iter().map(|(name, count)| (name.to_owned(), count));
+        let all = self.kernel.clone().into_iter().chain(own).filter(|(_, count)| *count > 0);
+        all.partition(|(name, _)| !NO_LOSS.contains(&name.as_str()))
+    }
+
+    /// The report's entry of one process.
+    pub fn process(&mut self, target: &Target, started: Instant, symbols: &mut Symbols) -> report::Process {
+        let tgid = target.id().tgid;
+        let mut judged = self.processes.iter_mut().find(|(of, _)| *of == tgid).map(|(_, judged)| judged);
+        let limit = target.memory_limit.as_ref().map(crate::process::MemoryLimit::bytes);
+        let summaries = judged.as_ref().map_or(&[][..], |judged| &judged.summaries);
+        let verdict = detect::judge_process(&target.rss_samples, summaries, limit);
+        let stacks = judged.as_mut().map_or_else(Vec::new, |judged| std::mem::take(&mut judged.stacks));
+        let stacks = stacks.into_iter().map(|stack| stack.report(target, symbols)).collect();
+        let enough = target.rss_samples.len() >= 3;
+        report::Process {
+            pid: tgid,
+            comm: target.process.comm.clone(),
+            exe: target.process.exe.as_ref().map(|exe| exe.to_string_lossy().into_owned()),
+            cgroup: target.process.cgroup.clone(),
+            verdict: match verdict.verdict {
+                ProcessVerdict::Leaking => report::Verdict::Leaking,
+                ProcessVerdict::Plateau => report::Verdict::Plateau,
+                ProcessVerdict::Spike => report::Verdict::Spike,
+                ProcessVerdict::Stable => report::Verdict::Stable,
+                ProcessVerdict::Warming => report::Verdict::Warming,
+            },
+            // Before there is a verdict there is nothing that the resident set could contradict.
+            hint: verdict.hint.filter(|_| verdict.verdict != ProcessVerdict::Warming).map(|hint| hint.to_string()),
+            live_bytes: judged.as_ref().map_or(0, |judged| judged.live_bytes),
+            live_count: judged.as_ref().map_or(0, |judged| judged.live_count),
+            rss: report::Rss {
+                first_bytes: target.rss_samples.first().map(|(_, bytes)| *bytes),
+                last_bytes: target.rss_samples.last().map(|(_, bytes)| *bytes),
+                growth_bytes_per_s: enough.then_some(verdict.rss_bytes_per_s),
+            },
+            explained_growth_ratio: verdict.explained_growth_ratio,
+            memory_limit_bytes: limit,
+            seconds_to_limit: verdict.seconds_to_limit,
+            allocators: target.allocators(),
+            ended: target.ended.map(|at| report::ProcessEnd {
+                at_s: at.duration_since(started).as_secs_f64(),
+                exit_code: None,
+                signal: None,
+            }),
+            stacks_seen: judged.as_ref().map_or(0, |judged| judged.stacks_seen),
+            growing_stacks: judged.as_ref().map_or(0, |judged| judged.growing_stacks),
+            growing_bytes_per_s: judged
+                .as_ref()
+                .filter(|judged| judged.growing_stacks > 0)
+                .map(|judged| judged.growing_bytes_per_s),
+            stacks,
+        }
+    }
+}
+
+/// Whether a stack is reported at all under the options given.
+fn is_wanted(stack: &Stack<'_>, config: &Config) -> bool {
+    let resource = match stack.resource {
+        Resource::Heap => config.resources.heap,
+        Resource::Mmap => config.resources.mmap,
+    };
+    let old_enough = config.older_than.is_zero() || {
+        let windows = config.older_than.as_nanos().div_ceil(u128::from(BASE_WINDOW_NS)).saturating_sub(1);
+        stack.history.bytes_older_than(Window::try_from(windows).unwrap_or(Window::MAX)) > 0
+    };
+    resource && old_enough
+}
+
+fn judge<'a>(
+    stacks: impl Iterator<Item = Stack<'a>>,
+    now: Window,
+    since_start: f64,
+    live_bytes: u64,
+    live_count: u64,
+    config: &Config,
+) -> JudgedProcess {
+    let mut all: Vec<(Stack<'a>, Judgement)> = stacks.map(|stack| (stack, detect::judge(stack.history, now))).collect();
+    let summaries: Vec<StackSummary> = all
+        .iter()
+        .map(|(stack, judgement)| StackSummary::new(judgement, stack.history.live_bytes(), stack.history.peak().0))
+        .collect();
+    let growing = summaries.iter().filter(|summary| summary.verdict == Verdict::Growing);
+    let (growing_stacks, growing_bytes_per_s) =
+        growing.fold((0, 0.0), |(count, rate), summary| (count + 1, rate + summary.growth_bytes_per_s));
+    // Worst first, as the report sorts them: only what it lists is worth its series and names.
+    let rate = |judgement: &Judgement| judgement.growth.map_or(0.0, |growth| growth.bytes_per_s);
+    all.sort_by(|(a, ja), (b, jb)| {
+        rate(jb).total_cmp(&rate(ja)).then_with(|| b.history.live_bytes().cmp(&a.history.live_bytes()))
+    });
+    let listed = all
+        .iter()
+        .filter(|(stack, judgement)| stack.history.live_bytes() > 0 || judgement.verdict != Verdict::Stable)
+        .take(config.top.max(LISTED))
+        .map(|(stack, judgement)| Judged::new(stack, judgement, now, since_start))
+        .collect();
+    JudgedProcess {
+        live_bytes,
+        live_count,
+        stacks_seen: all.iter().filter(|(stack, _)| stack.history.live_bytes() > 0).count() as u64,
+        growing_stacks,
+        growing_bytes_per_s,
+        summaries,
+        stacks: listed,
+    }
+}
+
+/// So many stacks stand in a report at least, if there are so many: machines read more of it than people.
+const LISTED: usize = 50;
+
+impl Judged {
+    fn new(stack: &Stack<'_>, judgement: &Judgement, now: Window, since_start: f64) -> Self {
+        let history: &History = stack.history;
+        let window_s = Duration::from_nanos(BASE_WINDOW_NS).as_secs_f64();
+        Self {
+            id: stack.id,
+            resource: stack.resource,
+            op: stack.op,
+            frames: stack.frames.to_vec(),
+            end: stack.end,
+            judgement: *judgement,
+            live_bytes: history.live_bytes(),
+            live_count: history.live_count(),
+            allocated_bytes: history.allocated_bytes(),
+            freed_bytes: history.freed_bytes(),
+            oldest_age_s: history.oldest_birth().map(|birth| f64::from(now.saturating_sub(birth)) * window_s),
+            series: history
+                .series()
+                .into_iter()
+                .map(|(window, bytes)| ((f64::from(window) * window_s + since_start).max(0.0), bytes))
+                .collect(),
+        }
+    }
+
+    fn report(self, target: &Target, symbols: &mut Symbols) -> report::Stack {
+        report::Stack {
+            id: format!("{:016x}", self.id),
+            verdict: match self.judgement.verdict {
+                Verdict::Growing => report::StackVerdict::Growing,
+                Verdict::Plateau => report::StackVerdict::Plateau,
+                Verdict::Spike => report::StackVerdict::Spike,
+                Verdict::Stable => report::StackVerdict::Stable,
+                Verdict::Warming => report::StackVerdict::Warming,
+            },
+            resource: match self.resource {
+                Resource::Heap => report::Resource::Heap,
+                Resource::Mmap => report::Resource::Mmap,
+            },
+            op: op_name(self.op).map(str::to_owned),
+            live_bytes: self.live_bytes,
+            live_count: self.live_count,
+            allocated_bytes: self.allocated_bytes,
+            freed_bytes: self.freed_bytes,
+            oldest_age_s: self.oldest_age_s,
+            growth: self.judgement.growth.map_or_else(report::Growth::default, |growth| report::Growth {
+                bytes_per_s: Some(growth.bytes_per_s),
+                ci95: Some([growth.ci95.0, growth.ci95.1]),
+                confidence: Some(growth.confidence),
+                windows: growth.windows,
+            }),
+            series: self.series,
+            complete: self.end.is_complete(),
+            end: if self.frames.is_empty() { report::StackEnd::Lost } else { self.end.into() },
+            frames: symbols.frames(target.id(), &self.frames),
+        }
+    }
+}
+
+/// The name of the function, or of the family of functions that take the same arguments.
+fn op_name(shape: u8) -> Option<&'static str> {
+    Some(match shape {
+        op::MALLOC => "malloc",
+        op::CALLOC => "calloc",
+        op::ALIGNED => "aligned_alloc",
+        op::REALLOC => "realloc",
+        op::REALLOCARRAY => "reallocarray",
+        op::POSIX_MEMALIGN => "posix_memalign",
+        op::MAPPING => "mmap",
+        _ => return None,
+    })
+}
