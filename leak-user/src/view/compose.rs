@@ -55,7 +55,7 @@ pub fn lines(report: &Report, look: Look) -> Vec<Line<'static>> {
 fn header(report: &Report, look: Look) -> Vec<Line<'static>> {
     let mut parts = vec![
         match (report.mode.sampling, report.mode.interval_bytes) {
-            (Sampling::Exact, _) => "every allocation".to_owned(),
+            (Sampling::Exact, _) => "exact".to_owned(),
             (Sampling::Bytes, Some(interval)) => format!("sampled, one in {}", bytes(interval)),
             (Sampling::Bytes, None) => "sampled".to_owned(),
         },

@@ -119,13 +119,15 @@ impl Screen {
         let visible: Vec<Line> = lines.into_iter().skip(self.scroll).take(self.page).collect();
         frame.render_widget(Text::from(visible), body);
 
-        let mut keys = " q quit".to_owned();
-        if count > self.page {
+        let keys = if count > self.page {
             let last = (self.scroll + self.page).min(count);
-            keys += &format!("   ↑ ↓ PgUp PgDn scroll   lines {}-{last} of {count}", self.scroll + 1);
-        }
-        frame
-            .render_widget(Line::styled(format!("{keys:width$}", width = usize::from(footer.width)), REVERSED), footer);
+            format!(" q quit   ↑ ↓ PgUp PgDn scroll   lines {}-{last} of {count}", self.scroll + 1)
+        } else {
+            " q quit".to_owned()
+        };
+        // Padded, so that the whole line is reversed.
+        let columns = usize::from(footer.width);
+        frame.render_widget(Line::styled(format!("{keys:columns$}"), REVERSED), footer);
     }
 }
 

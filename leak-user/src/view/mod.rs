@@ -47,7 +47,7 @@ pub struct Output {
 enum Sink {
     Stream { out: Box<dyn Write + Send>, terminal: bool },
     File(ReportFile),
-    Live(LiveView),
+    Live(Box<LiveView>),
 }
 
 impl Output {
@@ -63,7 +63,7 @@ impl Output {
         let sink = if let Some(path) = &config.output {
             Sink::File(ReportFile::create(path)?)
         } else if config.format == Format::Text && terminal && alone && !dumb && io::stdin().is_terminal() {
-            Sink::Live(LiveView::new(config.top).context("set up the terminal")?)
+            Sink::Live(Box::new(LiveView::new(config.top).context("set up the terminal")?))
         } else {
             Sink::Stream { out: Box::new(stdout), terminal }
         };

@@ -192,7 +192,7 @@ pub fn losses(report: &Report) -> Option<String> {
     losses.sort_by_key(|&(name, n)| (std::cmp::Reverse(*n), name));
     let list: Vec<String> =
         losses.into_iter().map(|(name, &n)| format!("{} {}", super::safe(name), super::units::count(n))).collect();
-    (!list.is_empty()).then(|| format!("{} (numbers may be off by this; no verdict comes from it)", list.join(", ")))
+    (!list.is_empty()).then(|| format!("{} (numbers may be off by this; never a verdict)", list.join(", ")))
 }
 
 /// Why tracing ended.
