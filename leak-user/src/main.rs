@@ -1,5 +1,6 @@
 //! The `leaktrace` command: one function a mode, and their results as exit statuses.
 
+use std::io::ErrorKind;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitCode;
 
@@ -7,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use leak_user::cli::{Exit, Flags, exit_usage};
 use leak_user::config::{Config, Invocation};
-use leak_user::trace;
+use leak_user::{doctor, trace};
 use leak_user::view::{LogSink, safe};
 
 fn main() -> ExitCode {
@@ -47,7 +48,12 @@ fn trace(config: &Config) -> Result<ExitCode> {
 
 /// `leaktrace doctor`.
 fn doctor() -> Result<ExitCode> {
-    Ok(Exit::Done.into())
+    match doctor::run(&mut std::io::stdout()) {
+        Ok(ready) => Ok(if ready { Exit::Done } else { Exit::Failed }.into()),
+        // Nobody reads it any more: no failure.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Exit::Done.into()),
+        Err(error) => Err(error).context("failed to write to the standard output"),
+    }
 }
 
 /// Messages go to the standard error; while the live view has the terminal they are held back.

@@ -15,7 +15,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,6 +27,7 @@ use self::summary::{Moment, Snapshot};
 use self::target::Target;
 use crate::attach::{Programs, Settings};
 use crate::config::{Config, Target as What};
+use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
 use crate::losses::{Losses, monotonic_now};
 use crate::recording::{self, Entry};
@@ -52,8 +53,9 @@ pub struct Finished {
     pub command: Option<ExitStatus>,
 }
 
-/// Traces what `config` names until the end, and writes the reports. The host was checked before (`doctor`).
+/// Traces what `config` names until the end, and writes the reports.
 pub async fn run(config: &Config) -> Result<Finished> {
+    doctor::require().map_err(|blocked| anyhow!("this host cannot be traced: {blocked}"))?;
     let mut output = Output::open(config)?;
     let recording = config.record.as_deref().map(open_recording).transpose()?;
     let stop = watch_signals()?;
