@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use leak_user::cli::{Exit, Flags, exit_usage};
 use leak_user::config::{Config, Invocation};
-use leak_user::{doctor, trace};
 use leak_user::view::{LogSink, safe};
+use leak_user::{doctor, trace};
 
 fn main() -> ExitCode {
     let invocation = match Invocation::check(Flags::parse()) {

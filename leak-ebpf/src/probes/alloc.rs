@@ -59,7 +59,7 @@ fn product(a: u64, b: u64) -> Option<u64> {
 fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointer: u64) -> u32 {
     let now = now();
     let resizes = (op == u32::from(op::REALLOC) || op == u32::from(op::REALLOCARRAY)) && pointer != 0;
-    let mut announced = false;
+    let mut tail_call = false;
     if thread.sp != 0 {
         if thread.is_nested(frame.sp, now) {
             count(counter::NESTED);
@@ -67,12 +67,13 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
         }
         // The same sp is a tail call (reallocarray jumps to realloc): the callee takes the caller's place.
         if frame.sp == thread.sp {
-            announced = thread.pointer == pointer;
+            tail_call = true;
         } else {
             count(counter::ABANDONED);
         }
         thread.sp = 0;
     }
+    let announced = tail_call && thread.pointer == pointer;
     if !size_is_followed(size) {
         if resizes && !announced {
             emit_free(ids.tgid, pointer, now);
@@ -96,9 +97,13 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
     thread.op = op;
     thread.size = size;
     thread.pointer = pointer;
-    thread.stack = stack::take(thread, frame, true, op as u8);
+    // In a tail call the caller's return probe has replaced the return address by its trampoline, and the stack is the
+    // one that was taken then.
+    if !tail_call {
+        thread.stack = stack::take(thread, frame, true, op as u8);
+        thread.caller = thread.walk.caller();
+    }
     thread.sp = frame.sp;
-    thread.caller = thread.walk.caller();
     WITH_RETURN
 }
 

@@ -215,7 +215,9 @@ fn growth_at(
     let mut cohorts = history.cohorts(level);
     // The open window, and the first where the stack came up in the middle of it, are not whole.
     cohorts.pop();
-    if !history.start().is_multiple_of(length) && history.start() / length == first_group(history, level, cohorts.len())
+    if !cohorts.is_empty()
+        && !history.start().is_multiple_of(length)
+        && history.start() / length == first_group(history, level, cohorts.len())
     {
         cohorts.remove(0);
     }

@@ -187,6 +187,7 @@ impl<'a> Run<'a> {
         } else {
             attached?;
         }
+        log::info!("tracing pid {}", id.tgid);
         target.sample_rss(0.0);
         self.targets.push(target);
         Ok(())
