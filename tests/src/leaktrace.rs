@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::host::{breakpoints, wait_until};
 use crate::lines::Lines;
 use crate::{PATIENCE, target_dir};
 
@@ -96,11 +97,22 @@ impl Running {
         stdout.wait_for(wanted, patience).context("failed to wait for a line on leaktrace's standard output")
     }
 
-    /// Waits until `pid`'s code has breakpoints in it, so that what it does from now on is seen.
+    /// Waits until `pid`'s code has all its breakpoints, so that what it does from now on is seen.
     pub fn wait_attached(&mut self, pid: u32) -> Result<()> {
-        let attached = crate::host::wait_until(PATIENCE, || crate::host::breakpoints(pid).is_ok_and(|n| n > 0));
+        // They come one by one within some 30 ms, and nothing tells which is the last.
+        const SETTLED: Duration = Duration::from_millis(300);
+        let mut seen = 0;
+        let mut since = Instant::now();
+        let attached = wait_until(PATIENCE, || {
+            let now = breakpoints(pid).unwrap_or(0);
+            if now != seen {
+                seen = now;
+                since = Instant::now();
+            }
+            seen > 0 && since.elapsed() >= SETTLED
+        });
         if !attached {
-            bail!("leaktrace put no breakpoint into process {pid} within {PATIENCE:?}");
+            bail!("leaktrace did not finish attaching to process {pid} within {PATIENCE:?}: {seen} breakpoints");
         }
         Ok(())
     }
