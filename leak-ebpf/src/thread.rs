@@ -22,6 +22,8 @@ pub struct Thread {
     pub op: u32,
     /// Stack pointer at the recorded call's entry, zero if there is none.
     pub sp: u64,
+    /// Where the breakpoint stood that the recorded call was entered at.
+    pub pc: u64,
     /// Where the recorded call returns to.
     pub caller: u64,
     pub size: u64,

@@ -21,6 +21,9 @@ use crate::thread::{Ids, Thread, current, ids, new};
 const WITH_RETURN: u32 = 0;
 const NO_RETURN: u32 = 1;
 
+/// The recorded call's function where its size is filtered out.
+const NOT_FOLLOWED: u32 = 0;
+
 #[inline(always)]
 fn frame(ctx: &ProbeContext) -> Frame {
     // SAFETY: the context of a uprobe program is its pt_regs.
@@ -65,8 +68,9 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
             count(counter::NESTED);
             return NO_RETURN;
         }
-        // The same sp is a tail call (reallocarray jumps to realloc): the callee takes the caller's place.
-        if frame.sp == thread.sp {
+        // The same sp in another function is a tail call (reallocarray jumps to realloc): the callee takes the caller's
+        // place. In the same function it is a new call, and the recorded one never returned.
+        if frame.sp == thread.sp && frame.pc != thread.pc {
             tail_call = true;
         } else {
             count(counter::ABANDONED);
@@ -78,7 +82,13 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
         if resizes && !announced {
             emit_free(ids.tgid, pointer, now);
         }
-        return NO_RETURN;
+        // Remembered all the same: what it maps meanwhile is the allocator's.
+        thread.op = NOT_FOLLOWED;
+        thread.time = now;
+        thread.caller = 0;
+        thread.pc = frame.pc;
+        thread.sp = frame.sp;
+        return WITH_RETURN;
     }
     if resizes && !announced {
         let begin = ReallocBegin {
@@ -94,6 +104,7 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
         }
     }
     thread.time = now;
+    thread.pc = frame.pc;
     thread.op = op;
     thread.size = size;
     thread.pointer = pointer;
@@ -139,6 +150,9 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
         return 0;
     }
     thread.sp = 0;
+    if thread.op == NOT_FOLLOWED {
+        return 0;
+    }
     let result = frame.result;
     let mut addr = result;
     let called = thread.op as u8;

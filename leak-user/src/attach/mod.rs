@@ -211,6 +211,11 @@ impl Programs {
 
     /// Puts probes into a file for one process.
     pub fn attach(&self, tgid: u32, places: &Places) -> Result<Probes> {
+        // The kernel places one breakpoint after the other. free's comes first: a block whose allocation was seen and whose
+        // free was not would look leaked.
+        let mut places = places.clone();
+        places.points.sort_by_key(|point| point.shape != op::FREE);
+        let places = &places;
         let links = match self.kind {
             UprobeKind::Session => self.attach_multi(tgid, places, &[("session", false)]),
             UprobeKind::Multi => self.attach_multi(tgid, places, &[("leave_any", true), ("enter_any", false)]),
