@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod process;
 mod run;
 mod setup;
@@ -37,6 +38,8 @@ enum Task {
         /// Run only tests whose names contain one of these, and no formatting or lint check
         filters: Vec<String>,
     },
+    /// Measure what tracing costs a busy process, beside empty programs and bcc's memleak
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Run { args } => run::run(&args),
         Task::Lint => test::lint().map(|()| ExitCode::SUCCESS),
         Task::Test { filters } => test::test(&filters),
+        Task::Bench(options) => bench::bench(&options),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

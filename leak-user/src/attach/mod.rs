@@ -2,6 +2,7 @@
 //! bpf(2). What is detached how: everything hangs on file descriptors, so that nothing stays behind when the tracer
 //! dies, however it dies.
 
+mod floor;
 mod sys;
 
 use std::collections::HashMap;
@@ -15,6 +16,7 @@ use aya::programs::RawTracePoint;
 use aya::programs::raw_trace_point::RawTracePointLink;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
+pub use floor::Floor;
 use leak_common::op;
 pub(crate) use sys::lookup_and_delete;
 pub use sys::{LinkSupport, RunTime, UprobeKind};

@@ -104,6 +104,30 @@ pub fn load_program(program: &Program<'_>) -> io::Result<OwnedFd> {
     })
 }
 
+/// Loads a uprobe program that does nothing but answer `answer`.
+pub fn load_answer(name: &str, kind: UprobeKind, answer: i32) -> io::Result<OwnedFd> {
+    let license = c"Dual MIT/GPL".to_owned();
+    // r0 = answer; exit
+    let mut instructions: [bpf_insn; 2] = [
+        // SAFETY: plain integers, for which zero is a valid value.
+        unsafe { std::mem::zeroed() },
+        // SAFETY: as above.
+        unsafe { std::mem::zeroed() },
+    ];
+    instructions[0].code = 0xb7;
+    instructions[0].imm = answer;
+    instructions[1].code = 0x95;
+    load_program(&Program {
+        name,
+        instructions: &instructions,
+        license: &license,
+        kind,
+        btf: None,
+        func_info: Vec::new(),
+        func_info_size: 0,
+    })
+}
+
 /// Loads BTF.
 pub fn load_btf(btf: &[u8]) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
@@ -268,26 +292,7 @@ impl LinkSupport {
 /// Whether a link of this kind can be made. As in libbpf's `probe_uprobe_multi_link`, the file is one that cannot hold
 /// uprobes: a kernel that knows the link looks at the file and answers EBADF, one that does not answers EINVAL.
 fn links(kind: UprobeKind) -> bool {
-    let license = c"Dual MIT/GPL".to_owned();
-    // r0 = 0; exit
-    let mut instructions: [bpf_insn; 2] = [
-        // SAFETY: plain integers, for which zero is a valid value.
-        unsafe { std::mem::zeroed() },
-        // SAFETY: as above.
-        unsafe { std::mem::zeroed() },
-    ];
-    instructions[0].code = 0xb7;
-    instructions[1].code = 0x95;
-    let program = Program {
-        name: "leak_probe",
-        instructions: &instructions,
-        license: &license,
-        kind,
-        btf: None,
-        func_info: Vec::new(),
-        func_info_size: 0,
-    };
-    let Ok(program) = load_program(&program) else {
+    let Ok(program) = load_answer("leak_probe", kind, 0) else {
         return false;
     };
     match link_uprobe_multi(program.as_fd(), kind, Path::new("/"), &[0], &[], 0, false) {

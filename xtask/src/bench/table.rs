@@ -1,0 +1,193 @@
+//! The figures as text for a terminal of 120 columns, and for the README.
+
+use std::fmt::Write as _;
+
+use super::Workload;
+use super::summary::{Bound, Measured, Summary, Target, TargetKind, ns_per_pair, throughput};
+use super::tool::Row;
+
+/// Width of the first column of both tables.
+const LABEL: usize = 20;
+const TARGET_LABEL: usize = 36;
+const TARGET_WIDTH: usize = 28;
+
+/// With less of the processors than this the target shared them with something else.
+const QUIET: f64 = 0.95;
+
+/// `1 thread, 10 frames`.
+pub fn title(workload: Workload) -> String {
+    let s = if workload.threads == 1 { "" } else { "s" };
+    format!("{} thread{s}, {} frames", workload.threads, workload.frames)
+}
+
+/// Both tables and what is to be known about them.
+pub fn render(summary: &Summary) -> String {
+    let mut text = String::new();
+    let host = &summary.host;
+    let rounds =
+        if summary.rounds() == 1 { "one round".to_owned() } else { format!("medians of {} rounds", summary.rounds()) };
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        "malloc + free of 16 to 1000 bytes under leaktrace and others; {rounds}, {} s each",
+        summary.seconds()
+    );
+    let _ = writeln!(text, "{}, Linux {}, {} x {}\n", host.libc, host.kernel, host.processors, host.processor);
+    for measured in &summary.workloads {
+        rows(&mut text, measured, summary.memleak_missing.as_deref());
+    }
+    targets(&mut text, summary);
+    let share = summary.workloads.iter().filter_map(Measured::share).reduce(f64::min).filter(|share| *share < QUIET);
+    if let Some(share) = share {
+        let _ = writeln!(
+            text,
+            "\nThis machine was busy: at times the target got {:.0} % of the processors it could use.",
+            share * 100.0
+        );
+    }
+    let _ = write!(
+        text,
+        "\n\
+         pairs/s     malloc + free of the target, all threads; program times are measured apart, as they cost time\n\
+         pairs/CPU s for the processor time that the target itself got, whatever else the machine did\n\
+         empty       two-instruction programs at leaktrace's places: nothing that watches the same calls can be faster\n\
+         ns/run      run time of the programs at the probes, by the kernel's BPF statistics; ns/pair: for a malloc + free\n\
+         lost        events that leaktrace counted as lost, worst round; memleak does not count its own\n\
+         CPU         of one processor, user + system time of the tool while the target runs\n\
+         attach      from the start of the tool to its last breakpoint; detach: from SIGINT until none is left\n\
+         \n\
+         decode + ledger from a recorded stream: cargo bench -p leak-user --bench ledger\n"
+    );
+    text
+}
+
+fn rows(text: &mut String, measured: &Measured, memleak_missing: Option<&str>) {
+    let columns =
+        ["pairs/s", "of empty", "of memleak", "ns/run", "ns/pair", "lost", "CPU", "peak RSS", "attach", "detach"];
+    line(text, &title(measured.workload), &columns.map(str::to_owned));
+    for row in Row::ALL {
+        if let (Row::Memleak, Some(why)) = (row, memleak_missing) {
+            let _ = writeln!(text, "  {:<LABEL$} not measured: {why}", row.name());
+            continue;
+        }
+        let lost = if row == Row::Leaktrace { measured.lost() } else { None };
+        line(
+            text,
+            &format!("  {}", row.name()),
+            &[
+                show(measured.median(row, throughput), grouped),
+                show(measured.ratio(row, Row::Floor, throughput).filter(|_| row != Row::Floor), times),
+                show(measured.ratio(row, Row::Memleak, throughput).filter(|_| row != Row::Memleak), times),
+                show(measured.tracer_median(row, |tracer| tracer.ns_per_run), grouped),
+                show(measured.median(row, ns_per_pair), grouped),
+                show(lost, grouped),
+                show(measured.tracer_median(row, |tracer| tracer.cpus), |cpus| format!("{:.0} %", cpus * 100.0)),
+                show(measured.tracer_max(row, |tracer| Some(tracer.peak_rss_bytes as f64)), |bytes| {
+                    format!("{:.0} MiB", bytes / f64::from(1 << 20))
+                }),
+                show(measured.tracer_median(row, |tracer| tracer.attach_s), seconds),
+                show(measured.tracer_median(row, |tracer| tracer.detach_s), seconds),
+            ],
+        );
+    }
+    for doubt in measured.doubts() {
+        let _ = writeln!(text, "  DOUBTFUL: {doubt}");
+    }
+    text.push('\n');
+}
+
+fn line(text: &mut String, label: &str, cells: &[String; 10]) {
+    const WIDTHS: [usize; 10] = [12, 10, 12, 8, 9, 6, 7, 10, 9, 9];
+    let mut line = format!("{label:<LABEL$}");
+    for (cell, width) in cells.iter().zip(WIDTHS) {
+        let _ = write!(line, "{cell:>width$}");
+    }
+    let _ = writeln!(text, "{}", line.trim_end());
+}
+
+fn targets(text: &mut String, summary: &Summary) {
+    let all: Vec<Vec<Target>> = summary.workloads.iter().map(Measured::targets).collect();
+    let _ = write!(text, "{:<TARGET_LABEL$}", "leaktrace against its targets");
+    for measured in &summary.workloads {
+        let _ = write!(text, "{:>TARGET_WIDTH$}", title(measured.workload));
+    }
+    text.push('\n');
+    for index in 0..all.first().map_or(0, Vec::len) {
+        let _ = write!(text, "  {:<width$}", all[0][index].name, width = TARGET_LABEL - 2);
+        for targets in &all {
+            let _ = write!(text, "{:>TARGET_WIDTH$}", verdict(&targets[index]));
+        }
+        text.push('\n');
+    }
+}
+
+/// `4.10 x (>= 5) MISSED`.
+fn verdict(target: &Target) -> String {
+    let figure = |value: f64| match target.kind {
+        TargetKind::Ratio => times(value),
+        TargetKind::Count => grouped(value),
+        TargetKind::Seconds => seconds(value),
+    };
+    let Some(value) = target.value else { return "not measured".to_owned() };
+    let value = figure(value);
+    // Plain numbers: a bound is not written in the precision of what is measured.
+    let bound = match target.bound {
+        None => return value,
+        Some(Bound::AtLeast(bound)) => format!(">= {bound}"),
+        Some(Bound::AtMost(0.0)) => "= 0".to_owned(),
+        Some(Bound::AtMost(bound)) if target.kind == TargetKind::Seconds => format!("<= {}", seconds(bound)),
+        Some(Bound::AtMost(bound)) => format!("<= {bound}"),
+    };
+    let missed = if target.is_met() == Some(false) { " MISSED" } else { "" };
+    format!("{value} ({bound}){missed}")
+}
+
+fn show(value: Option<f64>, how: impl Fn(f64) -> String) -> String {
+    value.filter(|value| value.is_finite()).map_or_else(|| "-".to_owned(), how)
+}
+
+/// Two decimals below ten.
+fn times(ratio: f64) -> String {
+    if ratio < 10.0 { format!("{ratio:.2} x") } else { format!("{} x", grouped(ratio)) }
+}
+
+fn seconds(value: f64) -> String {
+    if value < 1.0 { format!("{:.0} ms", value * 1000.0) } else { format!("{value:.2} s") }
+}
+
+/// A whole number with its thousands apart.
+fn grouped(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Thousands are set apart, from the right.
+    #[test]
+    fn thousands() {
+        assert_eq!(
+            ["0", "999", "1,000", "24,700,000"],
+            [0.0, 999.2, 999.6, 24.7e6].map(grouped).each_ref().map(String::as_str)
+        );
+    }
+
+    /// What is missed says so, what is met and what was not measured does not.
+    #[test]
+    fn verdicts() {
+        let target = |value, bound| Target { name: "", kind: TargetKind::Ratio, bound, value };
+        assert_eq!(verdict(&target(Some(4.1), Some(Bound::AtLeast(5.0)))), "4.10 x (>= 5) MISSED");
+        assert_eq!(verdict(&target(Some(0.4), Some(Bound::AtMost(0.45)))), "0.40 x (<= 0.45)");
+        assert_eq!(verdict(&target(Some(0.4), None)), "0.40 x");
+        assert_eq!(verdict(&target(None, Some(Bound::AtMost(0.45)))), "not measured");
+    }
+}

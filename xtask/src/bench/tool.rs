@@ -1,0 +1,226 @@
+//! What is attached to the target: how each tool is started, known to be attached, read and ended.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use leaktrace_tests::{PATIENCE, host};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How often a tool is asked whether it is there, or gone.
+const POLL: Duration = Duration::from_millis(2);
+/// A tool that has set no further breakpoint for so long has set them all.
+const SETTLED: Duration = Duration::from_millis(500);
+
+/// What a target is measured with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Row {
+    Nothing,
+    Floor,
+    Leaktrace,
+    Memleak,
+}
+
+impl Row {
+    pub const ALL: [Self; 4] = [Self::Nothing, Self::Floor, Self::Leaktrace, Self::Memleak];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing attached",
+            Self::Floor => "empty programs",
+            Self::Leaktrace => "leaktrace, exact",
+            Self::Memleak => "bcc memleak",
+        }
+    }
+
+    /// In JSON.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Floor => "floor",
+            Self::Leaktrace => "leaktrace",
+            Self::Memleak => "memleak",
+        }
+    }
+}
+
+/// Where the tools are.
+pub struct Tools {
+    pub leaktrace: PathBuf,
+    pub floor: PathBuf,
+    /// Or why there is none.
+    pub memleak: Result<PathBuf, String>,
+}
+
+impl Tools {
+    pub fn has(&self, row: Row) -> bool {
+        row != Row::Memleak || self.memleak.is_ok()
+    }
+
+    /// Attaches to `pid`; `None` for nothing.
+    pub fn attach(&self, row: Row, pid: u32) -> Result<Option<Tracer>> {
+        let pid_text = pid.to_string();
+        let mut command;
+        match row {
+            Row::Nothing => return Ok(None),
+            Row::Floor => {
+                command = Command::new(&self.floor);
+                command.arg(&pid_text);
+            }
+            Row::Leaktrace => {
+                command = Command::new(&self.leaktrace);
+                command.args(["--sample", "exact", "--format", "json", "-p", &pid_text]);
+            }
+            Row::Memleak => {
+                let memleak = self.memleak.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
+                command = Command::new(memleak);
+                // Its default interval, which is leaktrace's too.
+                command.args(["-p", &pid_text, "5"]);
+            }
+        }
+        Tracer::start(command, pid).map(Some)
+    }
+}
+
+/// A tool that is attached; killed when dropped.
+pub struct Tracer {
+    child: Child,
+    /// What reads it to its end, ends with this program.
+    _stdin: Option<ChildStdin>,
+    output: File,
+    errors: File,
+    target: u32,
+    /// Breakpoints that it has set in the target.
+    pub breakpoints: usize,
+    /// From its start to the last breakpoint.
+    pub attach: Duration,
+}
+
+/// How a tool ended.
+pub struct Ended {
+    /// From SIGINT until no breakpoint was left in the target.
+    pub detach: Duration,
+    pub output: String,
+}
+
+impl Tracer {
+    fn start(mut command: Command, target: u32) -> Result<Self> {
+        let output = tempfile::tempfile().context("failed to create a temporary file")?;
+        let errors = tempfile::tempfile().context("failed to create a temporary file")?;
+        command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(errors.try_clone()?);
+        // SAFETY: between fork and exec only prctl(2) is called, which is async-signal-safe.
+        unsafe {
+            // However this program ends, nothing stays attached.
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+        }
+        let start = Instant::now();
+        let mut child =
+            command.spawn().with_context(|| format!("failed to start {}", command.get_program().display()))?;
+        let stdin = child.stdin.take();
+        let mut tracer = Self { child, _stdin: stdin, output, errors, target, breakpoints: 0, attach: Duration::ZERO };
+        tracer.wait_attached(start)?;
+        Ok(tracer)
+    }
+
+    fn wait_attached(&mut self, start: Instant) -> Result<()> {
+        loop {
+            let found = host::breakpoints(self.target)?;
+            let now = start.elapsed();
+            if found != self.breakpoints {
+                (self.breakpoints, self.attach) = (found, now);
+            }
+            if self.breakpoints > 0 && now > self.attach + SETTLED {
+                return Ok(());
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("it ended with {status} before it was attached: {}", self.read_errors());
+            }
+            if now > PATIENCE {
+                bail!("it was not attached within {PATIENCE:?}: {}", self.read_errors());
+            }
+            sleep(POLL);
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// User and system time that it has used.
+    pub fn cpu(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.pid());
+        let stat = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+        // The name may hold anything; behind it the state is the first field, and utime and stime are 12th and 13th.
+        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split_whitespace();
+        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        let rate = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("the kernel has no clock tick")?;
+        Ok(Duration::from_secs_f64(ticks as f64 / rate as f64))
+    }
+
+    /// The most resident memory that it has had, in bytes.
+    pub fn peak_rss(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        let kilobytes: u64 =
+            line.and_then(|number| number.parse().ok()).with_context(|| format!("no VmHWM in {path}"))?;
+        Ok(kilobytes * 1024)
+    }
+
+    /// Ends it as Ctrl-C does.
+    pub fn finish(mut self) -> Result<Ended> {
+        let start = Instant::now();
+        kill(Pid::from_raw(self.pid().cast_signed()), Signal::SIGINT).context("failed to send SIGINT")?;
+        while host::breakpoints(self.target)? > 0 {
+            if start.elapsed() > PATIENCE {
+                bail!("its breakpoints were not gone within {PATIENCE:?} after SIGINT");
+            }
+            sleep(POLL);
+        }
+        let detach = start.elapsed();
+        let status = self.wait(start)?;
+        // memleak and leaktrace end by themselves, the empty programs by the signal.
+        if status.code().is_some_and(|code| code != 0) {
+            bail!("it ended with {status}: {}", self.read_errors());
+        }
+        Ok(Ended { detach, output: read_whole(&mut self.output) })
+    }
+
+    fn wait(&mut self, start: Instant) -> Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if start.elapsed() > PATIENCE {
+                bail!("it did not end within {PATIENCE:?} after SIGINT");
+            }
+            sleep(POLL);
+        }
+    }
+
+    fn read_errors(&mut self) -> String {
+        read_whole(&mut self.errors).trim().to_owned()
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a child has written to a file of ours.
+fn read_whole(file: &mut File) -> String {
+    let mut bytes = Vec::new();
+    // Only for messages, and for a report whose parser says what is wrong with it.
+    let _ = file.rewind().and_then(|()| file.read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
+}
