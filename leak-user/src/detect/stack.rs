@@ -1,20 +1,25 @@
 //! The verdict on one call stack.
 
-use crate::detect::stats::{mean_with_interval, normal_below, poisson_above, poisson_upper95, trend};
-use crate::ledger::history::{AGED, CLASSES, Cohort, History, LEVELS, Window, age_of_class, window_length};
+use crate::detect::stats::{mean_with_interval, normal_below, poisson_above, rise, trend};
+use crate::ledger::history::{AGED, CLASSES, Cohort, History, LEVELS, SETUP, Window, age_of_class, window_length};
 
 /// Base windows that a stack is watched before anything but `warming` is said: the earliest that `growing` can come.
-pub const MIN_WATCH: Window = 25;
+/// Sessions of 20 s that begin when a set-up of [`SETUP`] is over have to be seen to end.
+pub const MIN_WATCH: Window = 28;
+
+/// Cohorts count as old from this age on, in base windows, at the finest scale.
+const OLD: usize = 20;
 
 /// Base windows of floor that must rise: what stopped growing 20 s ago has none left in here, wherever in its window
 /// the report comes.
 const RECENT: usize = 18;
 
-/// The Mann-Kendall statistic from which a rise counts (one-sided p = 0.001).
-const RISES: f64 = 3.1;
+/// The Mann-Kendall statistic from which a rise counts (one-sided p = 0.006). Wandering queues exceed any such bound; that
+/// cohorts stay keeps them out.
+const RISES: f64 = 2.5;
 
 /// Of the settled blocks at least exp(-this) have to be expected to outlive the time watched.
-const MAX_HAZARD: f64 = 0.5;
+const MAX_HAZARD: f64 = 0.3;
 
 /// Kept blocks, and windows that have some, at the least.
 const MIN_KEPT: u64 = 5;
@@ -23,10 +28,10 @@ const MIN_KEPT: u64 = 5;
 const MIN_OLD_SHARE: f64 = 0.3;
 
 /// At most so many blocks make a container that is judged by its floor.
-const CONTAINER_BLOCKS: u64 = 8;
+const CONTAINER_BLOCKS: u64 = 4;
 
 /// So many rises of a container's floor, none of them undone, make it grow.
-const CONTAINER_STEPS: usize = 4;
+const CONTAINER_STEPS: usize = 5;
 
 /// What a call stack's memory does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,10 +110,10 @@ fn judge_rolled(history: &History) -> Judgement {
     }
     let recent = RecentFloor::of(history);
     evidence.rise = recent.z();
-    let settling = Settling::of(history, watched);
+    let mut settling = None;
     let mut waits = false;
     for level in 0..LEVELS {
-        match growth_at(history, level, &settling, &recent, &mut evidence) {
+        match growth_at(history, level, &mut settling, &recent, &mut evidence) {
             Outcome::Grows(growth) => return Judgement { verdict: Verdict::Growing, growth: Some(growth), evidence },
             Outcome::MoreNeeded => waits = true,
             Outcome::Steady => {}
@@ -131,26 +136,15 @@ struct RecentFloor {
     floor_z: f64,
     /// The same for blocks older than [`AGED`]: free of the noise of short-lived ones.
     aged_z: f64,
-    /// What the aged bytes rose by over the windows looked at, and how many those are.
-    aged_rise: f64,
-    aged_windows: f64,
+    aged: Vec<f64>,
 }
 
 impl RecentFloor {
     fn of(history: &History) -> Self {
         let floors = as_f64(&history.floors(0));
-        let aged = as_f64(&history.aged_bytes());
-        let floor = trend(last(&floors, RECENT));
         // What stops growing still ages for so long.
-        let aged = last(&aged, RECENT - AGED as usize);
-        let trend_of_aged = trend(aged);
-        let windows = aged.len().saturating_sub(1) as f64;
-        Self {
-            floor_z: floor.z,
-            aged_z: trend_of_aged.z,
-            aged_rise: trend_of_aged.slope.max(0.0) * windows,
-            aged_windows: windows,
-        }
+        let aged = as_f64(last(&history.aged_bytes(), RECENT - AGED as usize));
+        Self { floor_z: rise(last(&floors, RECENT)), aged_z: rise(&aged), aged }
     }
 
     fn z(&self) -> f64 {
@@ -159,6 +153,16 @@ impl RecentFloor {
 
     fn rises(&self) -> bool {
         self.z() >= RISES && self.floor_z.min(self.aged_z) > -1.0
+    }
+
+    /// Base windows that [`Self::aged_rise`] is taken over.
+    fn aged_windows(&self) -> f64 {
+        self.aged.len().saturating_sub(1) as f64
+    }
+
+    /// What the aged bytes rose by, by their median slope.
+    fn aged_rise(&self) -> f64 {
+        trend(&self.aged).slope * self.aged_windows()
     }
 }
 
@@ -174,7 +178,9 @@ impl Settling {
     /// Two conditions for each age `a`. First, the cumulative hazard from `a` up to the oldest age seen (W. Nelson 1969,
     /// O. Aalen 1978) stays below [`MAX_HAZARD`]. Second, in case few blocks were seen: the upper 95 % bound of the release
     /// rate above `a` is so low that a settled block outlives, on average, the whole time watched.
-    fn of(history: &History, watched: Window) -> Self {
+    fn of(history: &History) -> Self {
+        // Release rates leave set-up out.
+        let watched = history.now() - history.start() - SETUP;
         let releases = history.releases();
         let (mut hazard, mut released, mut at_risk) = (0.0, 0.0, 0.0);
         let mut settling = Self { ages: Vec::new(), inconclusive: false };
@@ -191,8 +197,9 @@ impl Settling {
                 break;
             }
             let remaining = f64::from(watched - from).max(1.0);
-            if poisson_upper95(released) * remaining <= at_risk {
-                settling.ages.push((from, poisson_above(released, at_risk / remaining)));
+            let stays = poisson_above(released, at_risk / remaining);
+            if stays >= 0.95 {
+                settling.ages.push((from, stays));
             } else {
                 settling.inconclusive = true;
             }
@@ -206,23 +213,29 @@ impl Settling {
 fn growth_at(
     history: &History,
     level: usize,
-    settling: &Settling,
+    settling: &mut Option<Settling>,
     recent: &RecentFloor,
     evidence: &mut Evidence,
 ) -> Outcome {
     let length = window_length(level);
     let floors = as_f64(&history.floors(level));
-    let mut cohorts = history.cohorts(level);
-    // The open window, and the first where the stack came up in the middle of it, are not whole.
-    cohorts.pop();
-    if !cohorts.is_empty()
-        && !history.start().is_multiple_of(length)
-        && history.start() / length == first_group(history, level, cohorts.len())
-    {
-        cohorts.remove(0);
+    // Most stacks do not rise, and cost no more than this.
+    let z = if level == 0 { recent.z() } else { rise(&floors) };
+    if z < RISES {
+        return Outcome::Steady;
     }
+    let mut cohorts = history.cohorts(level);
+    // The open window is not whole, and set-up does not count.
+    cohorts.pop();
+    let first = history.now() / length - cohorts.len() as Window;
+    let counts = (history.start() + SETUP).div_ceil(length);
+    cohorts.drain(..(counts.saturating_sub(first) as usize).min(cohorts.len()));
     // A level has something to say once half of its windows are there.
-    let least = if level == 0 { MIN_WATCH as usize - 1 } else { 8 };
+    let least = match level {
+        0 => (MIN_WATCH - SETUP) as usize,
+        1 => 7,
+        _ => 5,
+    };
     if cohorts.len() < least {
         return Outcome::Steady;
     }
@@ -230,6 +243,10 @@ fn growth_at(
         evidence.container = true;
         return Outcome::Grows(growth);
     }
+    if level == 0 && !recent.rises() {
+        return Outcome::Steady;
+    }
+    let settling = settling.get_or_insert_with(|| Settling::of(history));
     let half = length * cohorts.len() as Window / 2;
     let Some((settled, stays)) = settling.ages.iter().copied().find(|(age, _)| *age >= AGED || level > 0) else {
         return if settling.inconclusive { Outcome::MoreNeeded } else { Outcome::Steady };
@@ -248,30 +265,19 @@ fn growth_at(
     if blocks < MIN_KEPT || filled < MIN_KEPT {
         return if blocks > 0 { Outcome::MoreNeeded } else { Outcome::Steady };
     }
-    if !cohorts_stay(&cohorts, kept) || !goes_on(history, settled, blocks, kept.len() as f64 * f64::from(length)) {
+    let over = kept.len() as f64 * f64::from(length);
+    if !cohorts_stay(level, cohorts.len(), kept) || !goes_on(history, settled, blocks, over) {
         return Outcome::Steady;
     }
     let per_window: Vec<f64> = kept.iter().map(|cohort| cohort.bytes as f64).collect();
     let (mean, (low, high)) = mean_with_interval(&per_window);
-    let z = if level == 0 {
-        if !recent.rises() {
-            return Outcome::Steady;
-        }
-        recent.z()
-    } else {
-        let rise = trend(&floors);
-        if rise.z < RISES || rise.slope <= 0.0 {
-            return Outcome::Steady;
-        }
-        // At this scale twenty seconds without growth do not show. Where enough blocks should have come in that time,
-        // the recent floor has to have risen too.
-        let expected = mean / f64::from(length) * recent.aged_windows;
-        let blocks_expected = blocks as f64 / (kept.len() as f64 * f64::from(length)) * recent.aged_windows;
-        if blocks_expected >= 5.0 && recent.aged_rise < expected / 4.0 {
-            return Outcome::Steady;
-        }
-        rise.z
-    };
+    // At the coarse scales twenty seconds without growth do not show. Where enough blocks should have come in that time,
+    // the recent floor has to have risen by a fair part of them.
+    let expected = mean / f64::from(length) * recent.aged_windows();
+    let blocks_expected = blocks as f64 / over * recent.aged_windows();
+    if level > 0 && blocks_expected >= 5.0 && (recent.aged_z < 2.0 || recent.aged_rise() < expected / 3.0) {
+        return Outcome::Steady;
+    }
     let seconds = f64::from(length);
     Outcome::Grows(Growth {
         bytes_per_s: mean / seconds,
@@ -282,24 +288,23 @@ fn growth_at(
     })
 }
 
-/// Number of the first window that [`History::cohorts`] gave, the open one taken off.
-fn first_group(history: &History, level: usize, closed: usize) -> Window {
-    history.now() / window_length(level) - closed as Window
-}
-
 /// Whether the older windows of birth kept as many blocks as the younger ones: cohorts that still shrink have fewer.
-fn cohorts_stay(cohorts: &[Cohort], kept: &[Cohort]) -> bool {
-    let per_window =
-        |part: &[Cohort]| part.iter().map(|cohort| cohort.count).sum::<u64>() as f64 / part.len().max(1) as f64;
-    let old = (cohorts.len() * 2 / 5).min(kept.len());
-    let (old, young) = kept.split_at(old);
+fn cohorts_stay(level: usize, windows: usize, kept: &[Cohort]) -> bool {
+    let blocks_in = |part: &[Cohort]| part.iter().map(|cohort| cohort.count).sum::<u64>() as f64;
+    let per_window = |part: &[Cohort]| blocks_in(part) / part.len().max(1) as f64;
+    let old = if level == 0 { windows.saturating_sub(OLD) } else { windows * 2 / 5 };
+    let Some((old, young)) = kept.split_at_checked(old) else { return false };
     if old.is_empty() || young.is_empty() {
         return false;
     }
-    // Both halves of the old part, so that one burst long ago is not taken for a habit.
-    let (older, newer) = old.split_at(old.len() / 2);
     let least = MIN_OLD_SHARE * per_window(young);
-    per_window(old) >= least && per_window(older) >= least / 2.0 && per_window(newer) >= least / 2.0
+    if blocks_in(old) < (least * old.len() as f64).floor().max(1.0) {
+        return false;
+    }
+    // Both halves of the old part, so that one burst long ago is not taken for a habit. Too few blocks cannot show it.
+    let (older, newer) = old.split_at(old.len() / 2);
+    let expected = least * older.len() as f64;
+    expected < 2.0 || per_window(older) >= least / 3.0 && per_window(newer) >= least / 3.0
 }
 
 /// Whether kept blocks kept coming until lately: not for 20 s none, where one should have come, and not a quarter of what
@@ -318,24 +323,29 @@ fn goes_on(history: &History, settled: Window, blocks: u64, over: f64) -> bool {
     if expected >= 5.0 {
         return came as f64 >= expected / 4.0;
     }
-    // Blocks too young to have settled may yet stay.
-    let unseen = if fine[aged.len()..].iter().any(|cohort| cohort.count > 0) { settled } else { 0 };
     if let Some(at) = aged.iter().rev().position(|cohort| cohort.count > 0) {
-        return at + settled <= RECENT || rate * (at + settled - unseen) as f64 <= 5.0;
+        let quiet = at + settled;
+        return quiet <= RECENT || rate * quiet as f64 <= 5.0 || at <= 2;
     }
     // Longer than the fine windows reach: by the youngest of the coarser ones that has any.
     let quiet = (1..LEVELS).find_map(|level| {
+        let length = window_length(level) as usize;
         let cohorts = history.cohorts(level);
-        let at = cohorts.iter().rev().position(|cohort| cohort.count > 0)?;
-        Some((at as f64 - 1.0) * f64::from(window_length(level)))
+        let mut ages = cohorts.iter().rev().enumerate().map(|(back, cohort)| (back * length, cohort.count));
+        ages.find(|(age, count)| *age >= fine.len() && *count > 0).map(|(age, _)| age as f64)
     });
     quiet.is_some_and(|quiet| rate * quiet <= 5.0)
 }
 
-/// Growth of a container: few blocks, most bytes in the newest or the reallocated one, and a floor that only goes up, in
-/// several steps, the last of them recent.
+/// Growth of a container: few blocks, most bytes in one of them, and a floor that only goes up, in several steps, none of
+/// which is most of it, the last of them recent.
 fn container_growth(history: &History, level: usize, floors: &[f64]) -> Option<Growth> {
     if history.live_count() == 0 || history.live_count() > CONTAINER_BLOCKS {
+        return None;
+    }
+    let largest = history.largest_cohort();
+    // What only ever adds blocks is no container: one that grows releases what it grew out of.
+    if largest.bytes < largest.count * history.live_bytes() / 2 || history.freed_bytes() < history.live_bytes() / 4 {
         return None;
     }
     let length = window_length(level);
@@ -346,13 +356,15 @@ fn container_growth(history: &History, level: usize, floors: &[f64]) -> Option<G
     }
     let fine = history.floors(0);
     let recent = last(&fine, RECENT);
-    if recent.first() >= recent.last() {
+    // Coarse floors hide what came back within a window.
+    if recent.first() >= recent.last() || !fine.is_sorted() {
         return None;
     }
-    let largest = (0..LEVELS).flat_map(|level| history.cohorts(level)).map(|cohort| cohort.bytes).max()?;
     let first_up = steps.iter().position(|step| *step > 0.0)?;
     let spread = (steps.len() - first_up) as Window * length;
-    if largest * 2 < history.live_bytes() || spread < RECENT as Window {
+    let (from, to) = (floors.first()?, floors.last()?);
+    let highest = steps.iter().copied().fold(0.0, f64::max);
+    if spread < RECENT as Window || *to < 1.25 * from || highest > 0.6 * (to - from) {
         return None;
     }
     let (mean, (low, high)) = mean_with_interval(&steps);
@@ -360,7 +372,7 @@ fn container_growth(history: &History, level: usize, floors: &[f64]) -> Option<G
     Some(Growth {
         bytes_per_s: mean / seconds,
         ci95: (low / seconds, high / seconds),
-        confidence: normal_below(trend(floors).z).min(1.0 - 0.5_f64.powi(ups as i32)),
+        confidence: normal_below(rise(floors)).min(1.0 - 0.5_f64.powi(ups as i32)),
         windows: steps.len() as u32,
         window_s: length,
     })
@@ -379,7 +391,7 @@ fn rest(history: &History) -> Verdict {
     let settled = history.start() + 5;
     let was = history.series().into_iter().filter(|(end, _)| *end >= settled && history.now() - end <= 600);
     let lowest = was.map(|(_, floor)| floor).min().unwrap_or(floor);
-    if lowest as f64 <= 0.7 * floor as f64 { Verdict::Plateau } else { Verdict::Stable }
+    if (lowest as f64) < 0.7 * floor as f64 { Verdict::Plateau } else { Verdict::Stable }
 }
 
 fn as_f64(values: &[u64]) -> Vec<f64> {

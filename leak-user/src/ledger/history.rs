@@ -40,6 +40,10 @@ pub const CLASSES: usize = 26;
 /// Blocks younger than this many base windows are left out of [`History::aged_bytes`].
 pub const AGED: Window = 4;
 
+/// What is born within so many base windows of a stack's first block is set-up. It counts in totals, floors and cohorts, but
+/// not in the release rates: what a program keeps for good from its start would hide how soon it releases the rest.
+pub const SETUP: Window = 5;
+
 /// The age class of an age in base windows: 0, 1, 2, 3, 4-5, 6-7, 8-11, 12-15, 16-23, ...
 pub fn class_of_age(age: Window) -> usize {
     if age < 2 {
@@ -97,7 +101,7 @@ pub struct Releases {
     pub at_risk: f64,
 }
 
-/// The accumulators of one call stack; about 2.6 KB whatever it does and however long.
+/// The accumulators of one call stack; about 2.7 KB whatever it does and however long.
 #[derive(Clone, Debug)]
 pub struct History {
     start: Window,
@@ -108,6 +112,9 @@ pub struct History {
     freed_bytes: u64,
     /// The fewest live bytes so far in the window of each level that is still open.
     floor: [u64; LEVELS],
+    /// The floor before the latest release and that block's birth: what realloc releases only to allocate anew was never
+    /// out of use.
+    before_release: (u64, Window),
     /// The highest floor of any base window, and which.
     peak: (u64, Window),
     /// Closed floors, in rings like the cohorts.
@@ -116,6 +123,8 @@ pub struct History {
     aged: [u64; FINE],
     bytes: [u64; SLOTS + 1],
     count: [u32; SLOTS + 1],
+    /// Of each window of [`SETUP`], the live blocks born in it.
+    setup: [u32; SETUP as usize],
     /// Releases in the open base window; negative for what realloc carried over.
     releases: [i32; CLASSES],
     released: [f32; CLASSES],
@@ -133,11 +142,13 @@ impl History {
             allocated_bytes: 0,
             freed_bytes: 0,
             floor: [0; LEVELS],
+            before_release: (0, Window::MAX),
             peak: (0, now),
             floors: [0; SLOTS],
             aged: [0; FINE],
             bytes: [0; SLOTS + 1],
             count: [0; SLOTS + 1],
+            setup: [0; SETUP as usize],
             releases: [0; CLASSES],
             released: [0.0; CLASSES],
             at_risk: [0.0; CLASSES],
@@ -145,7 +156,8 @@ impl History {
     }
 
     /// A block of `bytes` came to life in window `now`. `birth` is earlier than `now` for a block that realloc carried
-    /// over: it keeps the birth of the block it replaces, whose [`Self::died`] is reported too.
+    /// over: it keeps the birth of the block it replaces, whose [`Self::died`] is reported too, just before where both
+    /// belong to this stack.
     ///
     /// A `now` before the open window counts as the open window.
     #[inline]
@@ -160,9 +172,19 @@ impl History {
         let slot = self.slot(birth);
         self.bytes[slot] = self.bytes[slot].saturating_add(bytes);
         self.count[slot] = self.count[slot].saturating_add(1);
-        if birth < now {
-            self.releases[class_of_age(self.now.saturating_sub(birth))] -= 1;
+        let since_start = birth.wrapping_sub(self.start);
+        if since_start < SETUP {
+            self.setup[since_start as usize] += 1;
         }
+        if birth < now {
+            if since_start >= SETUP {
+                self.releases[class_of_age(self.now.saturating_sub(birth))] -= 1;
+            }
+            if self.before_release.1 == birth {
+                self.floor[0] = self.before_release.0.min(self.live_bytes);
+            }
+        }
+        self.before_release.1 = Window::MAX;
     }
 
     /// A block of `bytes`, born in window `birth`, was released in window `now`.
@@ -174,13 +196,20 @@ impl History {
         self.live_bytes = self.live_bytes.saturating_sub(bytes);
         self.freed_bytes = self.freed_bytes.saturating_add(bytes);
         self.live_count = self.live_count.saturating_sub(1);
+        self.before_release = (self.floor[0], birth);
         if self.live_bytes < self.floor[0] {
             self.floor[0] = self.live_bytes;
         }
         let slot = self.slot(birth);
         self.bytes[slot] = self.bytes[slot].saturating_sub(bytes);
         self.count[slot] = self.count[slot].saturating_sub(1);
-        self.releases[class_of_age(self.now.saturating_sub(birth))] += 1;
+        let since_start = birth.wrapping_sub(self.start);
+        if since_start < SETUP {
+            let live = &mut self.setup[since_start as usize];
+            *live = live.saturating_sub(1);
+        } else {
+            self.releases[class_of_age(self.now.saturating_sub(birth))] += 1;
+        }
     }
 
     /// Closes every window before `now`. Costs about a hundred additions for each window closed.
@@ -207,6 +236,7 @@ impl History {
             *open = floor.min(*open);
         }
         self.now = closed + 1;
+        self.before_release.1 = Window::MAX;
         for level in (0..LEVELS).rev() {
             let shift = 2 * level;
             if self.now.trailing_zeros() < shift as u32 {
@@ -232,7 +262,13 @@ impl History {
     /// Adds the open window's blocks and releases to the rates by age.
     fn fold_releases(&mut self) {
         let mut at_risk = [0_u64; CLASSES];
-        self.each_cohort(|age, _, cohort| at_risk[class_of_age(age)] += cohort.count);
+        self.each_cohort(|age, first, cohort| {
+            let mut count = cohort.count;
+            if first < self.start + SETUP {
+                count = count.saturating_sub(self.setup_in(self.slot(first)));
+            }
+            at_risk[class_of_age(age)] += count;
+        });
         for (class, at_risk) in at_risk.into_iter().enumerate() {
             let keep = retention(class);
             let released = std::mem::take(&mut self.releases[class]).max(0) as f32;
@@ -240,6 +276,12 @@ impl History {
             // Who was released within the window was at risk for about half of it.
             self.at_risk[class] = self.at_risk[class] * keep + at_risk as f32 + released / 2.0;
         }
+    }
+
+    /// How many of a cohort's blocks are set-up.
+    fn setup_in(&self, slot: usize) -> u64 {
+        let births = self.start..self.start + SETUP;
+        births.zip(self.setup).filter(|(birth, _)| self.slot(*birth) == slot).map(|(_, live)| u64::from(live)).sum()
     }
 
     /// Forgets all but the totals, as so long a quiet time would, and goes on in window `to`.
@@ -336,6 +378,17 @@ impl History {
     /// The highest floor of any base window, and that window.
     pub fn peak(&self) -> (u64, Window) {
         self.peak
+    }
+
+    /// The cohort with the most bytes, at the finest scale that is kept of it.
+    pub fn largest_cohort(&self) -> Cohort {
+        let mut largest = Cohort::default();
+        self.each_cohort(|_, _, cohort| {
+            if cohort.bytes > largest.bytes {
+                largest = cohort;
+            }
+        });
+        largest
     }
 
     /// The window in which the oldest live block was born; exact for the last half minute, then the start of the
@@ -531,19 +584,25 @@ mod tests {
         assert_eq!(history.oldest_birth(), Some(0));
         assert_eq!(history.cohorts(0)[0], Cohort { bytes: 2000, count: 1 });
         assert!(history.releases().iter().all(|class| class.released == 0.0));
+        // The first window began with nothing; from then on the floor never dips for the copy.
+        let expected: Vec<u64> = (0..20).map(|window| 100 * window).collect();
+        assert_eq!(history.floors(0), expected);
     }
 
-    /// A release counts in the class of its age, and blocks are at risk once for each window they live.
+    /// A release counts in the class of its age, and blocks are at risk once for each window they live; set-up is left
+    /// out.
     #[test]
     fn releases_are_counted_by_age() {
         let mut history = History::new(0);
+        history.born(0, 0, 1);
         for _ in 0..1000 {
-            history.born(0, 0, 1);
+            history.born(SETUP, SETUP, 1);
         }
+        history.died(9, 0, 1);
         for _ in 0..400 {
-            history.died(10, 0, 1);
+            history.died(SETUP + 10, SETUP, 1);
         }
-        history.roll(11);
+        history.roll(SETUP + 11);
         let releases = history.releases();
         let class = class_of_age(10);
         assert!((releases[class].released - 400.0).abs() < 0.5);
@@ -576,6 +635,6 @@ mod tests {
     /// The size that the documentation states.
     #[test]
     fn size_is_bounded() {
-        assert!(size_of::<History>() <= 2700, "{}", size_of::<History>());
+        assert!(size_of::<History>() <= 2750, "{}", size_of::<History>());
     }
 }
