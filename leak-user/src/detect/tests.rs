@@ -392,3 +392,19 @@ fn judging_does_not_depend_on_rolling() {
     assert_eq!(judge(&simulation.history, 75), judge(&rolled, 75));
     assert_eq!(judge(&rolled, 75).verdict, Verdict::Plateau);
 }
+
+/// Whenever a stack came up, also within a coarse window that is still open, it is judged without a panic, and a steady
+/// leak is called growing (regression: a level without a whole window made the judge panic).
+#[test]
+fn any_start_can_be_judged() {
+    for start in (0..2100).step_by(13) {
+        let mut history = History::new(start);
+        for window in start..start + 70 {
+            let verdict = judge(&history, window).verdict;
+            assert_eq!(verdict == Verdict::Growing, window - start >= MIN_WATCH, "start {start}, window {window}");
+            for _ in 0..20 {
+                history.born(window, window, 100);
+            }
+        }
+    }
+}
