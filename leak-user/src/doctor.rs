@@ -275,7 +275,7 @@ fn memlock() -> Option<u64> {
     getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft).filter(|soft| *soft != RLIM_INFINITY)
 }
 
-/// The initial pid namespace has a fixed inode (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
+/// The initial pid namespace has a fixed inode (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
 fn initial_pid_namespace() -> Option<bool> {
     let link = fs::read_link("/proc/self/ns/pid").ok()?;
     Some(link.to_string_lossy() == "pid:[4026531836]")

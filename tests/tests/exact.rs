@@ -115,7 +115,7 @@ fn exceptions() -> Result<()> {
     Ok(())
 }
 
-/// Page ranges: partial unmaps, MAP_FIXED, mremap and brk, to the page.
+/// Page ranges: partial unmaps, `MAP_FIXED`, mremap and brk, to the page.
 #[test]
 fn mappings() -> Result<()> {
     if !can_trace("mappings") {

@@ -16,7 +16,7 @@ use crate::regs::{self, Frame};
 use crate::stack;
 use crate::thread::{Ids, Thread, current, ids, new};
 
-/// What a session program answers at entry: run it at the return too, or not (UPROBE_HANDLER_IGNORE). As the result of
+/// What a session program answers at entry: run it at the return too, or not (`UPROBE_HANDLER_IGNORE`). As the result of
 /// any other kind of uprobe program 1 would mean "remove the breakpoint".
 const WITH_RETURN: u32 = 0;
 const NO_RETURN: u32 = 1;
@@ -126,15 +126,13 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
     }
     let now = now();
     match thread {
-        Some(thread) => {
-            if thread.is_nested(frame.sp, now) {
-                count(counter::NESTED);
-                return;
-            }
+        Some(thread) if thread.is_nested(frame.sp, now) => {
+            count(counter::NESTED);
+            return;
         }
         // A thread that has only freed so far.
         None if !is_target(ids.tgid) => return,
-        None => {}
+        _ => {}
     }
     emit_free(ids.tgid, addr, now);
 }

@@ -45,7 +45,7 @@ fn process_exit(_ctx: RawTracePointContext) -> u32 {
     0
 }
 
-/// Reads both clocks. Never attached: user space has it run once (BPF_PROG_TEST_RUN).
+/// Reads both clocks. Never attached: user space has it run once (`BPF_PROG_TEST_RUN`).
 #[raw_tracepoint(tracepoint = "sys_enter")]
 fn calibrate(_ctx: RawTracePointContext) -> u32 {
     if let Some(clock) = CLOCK.get_ptr_mut(0) {

@@ -414,9 +414,12 @@ fn forward_logs(programs: &mut Programs) {
     if !log::log_enabled!(log::Level::Debug) {
         return;
     }
-    // SAFETY: the logger owns its descriptor and keeps it open for as long as it lives.
-    let register = |logger| unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
-    let registered = programs.forward_logs().and_then(|logger| register(logger).context("failed to wait for it"));
+    let registered = programs.forward_logs().and_then(|logger| {
+        // SAFETY: the logger owns its descriptor and keeps it open for as long as it lives.
+        unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
+            .map_err(std::io::Error::from)
+            .context("failed to wait for it")
+    });
     match registered {
         Ok(mut logger) => {
             tokio::spawn(async move {
