@@ -48,13 +48,13 @@ pub fn render(summary: &Summary) -> String {
     let _ = write!(
         text,
         "\n\
-         pairs/s     malloc + free of the target, all threads; program times are measured apart, as they cost time\n\
-         pairs/CPU s for the processor time that the target itself got, whatever else the machine did\n\
-         empty       two-instruction programs at leaktrace's places: nothing that watches the same calls can be faster\n\
-         ns/run      run time of the programs at the probes, by the kernel's BPF statistics; ns/pair: for a malloc + free\n\
-         lost        events that leaktrace counted as lost, worst round; memleak does not count its own\n\
-         CPU         of one processor, user + system time of the tool while the target runs\n\
-         attach      from the start of the tool to its last breakpoint; detach: from SIGINT until none is left\n\
+         pairs/s       malloc + free of the target, all threads; program times are measured apart, as they cost time\n\
+         pairs/CPU s   for the processor time that the target itself got, whatever else the machine did\n\
+         empty         two-instruction programs at leaktrace's places: nothing that watches the same calls can be faster\n\
+         ns/run        run time of the programs at the probes, by the kernel's BPF statistics; ns/pair: for a malloc + free\n\
+         lost          events that leaktrace counted as lost, worst round; memleak does not count its own\n\
+         CPU           of one processor, user + system time of the tool while the target runs\n\
+         attach        from the start of the tool to its last breakpoint; detach: from SIGINT until none is left\n\
          \n\
          decode + ledger from a recorded stream: cargo bench -p leak-user --bench ledger\n"
     );
