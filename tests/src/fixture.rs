@@ -49,6 +49,11 @@ impl Builder {
         self
     }
 
+    /// For what the methods here do not cover, such as another root folder.
+    pub fn command(&mut self) -> &mut Command {
+        &mut self.command
+    }
+
     /// Starts it and waits until it is ready.
     pub fn start(mut self) -> Result<Fixture> {
         let program = self.command.get_program().to_owned();

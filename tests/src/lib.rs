@@ -9,10 +9,12 @@ mod fixture;
 pub mod host;
 mod leaktrace;
 mod lines;
+mod session;
 
 pub use compile::{Program, target_dir};
 pub use fixture::{Builder, Fixture};
 pub use leaktrace::{BINARY_VARIABLE, Leaktrace, Outcome, Running, has_frame, live_in, stacks};
+pub use session::{Session, live_of, only, site, summary};
 
 use std::time::Duration;
 
