@@ -1,0 +1,282 @@
+//! Processes and threads that fork, exec, end and crash while they are traced, or were never where the host looks.
+
+use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use leaktrace_tests::{
+    Fixture, Leaktrace, PATIENCE, Program, Session, has_frame, host, live_in, live_of, site, stacks, summary,
+};
+use serde_json::Value;
+
+fn no_losses(report: &Value) {
+    assert_eq!(report["losses"], serde_json::json!({}), "{}", summary(report));
+}
+
+/// Live bytes and blocks of the heap; the stacks of threads are mappings, which libc keeps for the next thread.
+fn heap(report: &Value) -> (u64, u64) {
+    let number = |stack: &Value, key: &str| stack[key].as_u64().unwrap_or(0);
+    let heap = stacks(report).filter(|stack| stack["resource"] == "heap");
+    heap.fold((0, 0), |(bytes, count), stack| {
+        (bytes + number(stack, "live_bytes"), count + number(stack, "live_count"))
+    })
+}
+
+/// A forked child frees and allocates at the same addresses; the parent's account stays as it is.
+#[test]
+fn a_child_does_not_touch_its_parents_account() -> Result<()> {
+    if !host::can_trace("a_child_does_not_touch_its_parents_account") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    let session = Session::start(&[fixture.pid()], &[])?;
+    // The child frees half of its copies of these.
+    for command in ["leak 100 1000", "fork 50 500", "leak 10 10", "child 20 500", "vfork", "reap", "leak 5 7"] {
+        fixture.tell(command)?;
+    }
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    no_losses(&report);
+    assert_eq!(live_in(&report, "leak_before"), site(&truth, "leak_before"), "{}", summary(&report));
+    assert_eq!(live_of(&report, fixture.pid()).0, 100_135, "{}", summary(&report));
+    assert_eq!(live_in(&report, "leak_in_child"), (0, 0), "{}", summary(&report));
+    Ok(())
+}
+
+/// A child that was there before is traced like any process, also while its parent is: what the parent then frees is its own.
+#[test]
+fn parent_and_child_side_by_side() -> Result<()> {
+    if !host::can_trace("parent_and_child_side_by_side") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    fixture.tell("leak 100 1000")?;
+    let child: u32 = fixture.tell("fork 1 500")?.parse()?;
+    let session = Session::start(&[fixture.pid(), child], &[])?;
+    for command in ["leak 30 100", "child 20 50"] {
+        fixture.tell(command)?;
+    }
+    let report = session.stop()?;
+    no_losses(&report);
+    assert_eq!(live_of(&report, fixture.pid()), (3000, 30), "{}", summary(&report));
+    assert_eq!(live_of(&report, child), (1000, 20), "{}", summary(&report));
+    Ok(())
+}
+
+/// execve drops what was live and traces the new image under the same pid, twice.
+#[test]
+fn exec_drops_the_old_and_traces_the_new() -> Result<()> {
+    if !host::can_trace("exec_drops_the_old_and_traces_the_new") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    let pid = fixture.pid();
+    let session = Session::start(&[pid], &[])?;
+    fixture.tell("leak 100 1000")?;
+    for _ in 0..2 {
+        fixture.send("exec")?;
+        fixture.wait_ready()?;
+        // The libc is the same file, in which the kernel puts the breakpoints as it is mapped.
+        ensure!(
+            host::wait_until(PATIENCE, || host::breakpoints(pid).is_ok_and(|n| n > 0)),
+            "nothing attached after exec"
+        );
+        fixture.tell("leak 70 700")?;
+    }
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    assert_eq!(live_in(&report, "leak_before"), (0, 0), "{}", summary(&report));
+    assert_eq!(live_in(&report, "leak_after_exec"), site(&truth, "leak_after_exec"), "{}", summary(&report));
+    Ok(())
+}
+
+/// A thread other than the first calls exec after the first has ended; the trace goes on with the new image.
+#[test]
+fn exec_by_another_thread() -> Result<()> {
+    if !host::can_trace("exec_by_another_thread") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    let pid = fixture.pid();
+    let mut session = Session::start(&[pid], &[])?;
+    fixture.tell("leak 10 1000")?;
+    fixture.tell("main_exit")?;
+    fixture.tell("leak 10 1000")?;
+    fixture.send("exec")?;
+    fixture.wait_ready()?;
+    // The links have to be made anew here, and nothing outside tells when: what is allocated is seen from then on.
+    let mut seen = false;
+    for _ in 0..50 {
+        fixture.tell("leak 1 700")?;
+        let report = session.next_report(|_| true, PATIENCE)?;
+        seen = live_in(&report, "leak_after_exec").1 > 0;
+        if seen {
+            break;
+        }
+    }
+    assert!(seen, "the new image is not traced");
+    let report = session.stop()?;
+    assert_eq!(live_in(&report, "leak_before"), (0, 0), "{}", summary(&report));
+    Ok(())
+}
+
+/// Hundreds of threads that start, leave a block, free another and end, one by one and at once, lose nothing.
+#[test]
+fn threads_in_bulk() -> Result<()> {
+    if !host::can_trace("threads_in_bulk") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    let session = Session::start(&[fixture.pid()], &[])?;
+    for command in ["threads 500 64", "bulk 300 32", "bulk 300 16"] {
+        fixture.tell(command)?;
+    }
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    no_losses(&report);
+    assert_eq!(live_in(&report, "leak_in_thread"), site(&truth, "leak_in_thread"), "{}", summary(&report));
+    assert_eq!(live_in(&report, "balanced_in_thread"), (0, 0), "{}", summary(&report));
+    Ok(())
+}
+
+/// When the process exits or crashes under the trace, the report comes at once, with what was live and the names.
+#[test]
+fn the_report_comes_when_the_process_ends() -> Result<()> {
+    if !host::can_trace("the_report_comes_when_the_process_ends") {
+        return Ok(());
+    }
+    for end in ["exit 3", "crash"] {
+        let mut fixture = Fixture::start("lifecycle")?;
+        let session = Session::start(&[fixture.pid()], &[])?;
+        fixture.tell("leak 100 1000")?;
+        fixture.send(end)?;
+        fixture.wait()?;
+        let report = session.finish()?;
+        no_losses(&report);
+        assert_eq!(report["ended"], "targets_exited", "after {end}");
+        assert_eq!(live_in(&report, "leak_before"), (100_000, 100), "after {end}\n{}", summary(&report));
+        let end_s = report["processes"][0]["ended"]["at_s"].as_f64().context("when it ended")?;
+        assert!(end_s >= 0.0 && end_s <= report["duration_s"].as_f64().unwrap_or(0.0), "{end_s}");
+    }
+    Ok(())
+}
+
+/// Of two processes one ends: the trace goes on with the other.
+#[test]
+fn one_of_two_ends() -> Result<()> {
+    if !host::can_trace("one_of_two_ends") {
+        return Ok(());
+    }
+    let (mut first, mut second) = (Fixture::start("lifecycle")?, Fixture::start("lifecycle")?);
+    let mut session = Session::start(&[first.pid(), second.pid()], &[])?;
+    first.tell("leak 10 100")?;
+    first.send("exit 0")?;
+    first.wait()?;
+    let ended =
+        |report: &Value| report["processes"].as_array().is_some_and(|all| all.iter().any(|p| !p["ended"].is_null()));
+    session.next_report(ended, PATIENCE)?;
+    second.tell("leak 20 100")?;
+    let report = session.stop()?;
+    no_losses(&report);
+    assert_eq!(live_of(&report, first.pid()), (1000, 10), "{}", summary(&report));
+    assert_eq!(live_of(&report, second.pid()), (2000, 20), "{}", summary(&report));
+    Ok(())
+}
+
+/// A process killed at any moment from before to after attaching: a report, or an error that names the pid; never a hang.
+#[test]
+fn ending_while_it_is_attached_to() -> Result<()> {
+    if !host::can_trace("ending_while_it_is_attached_to") {
+        return Ok(());
+    }
+    let (mut reports, mut errors) = (0, 0);
+    for delay_ms in [0, 5, 10, 20, 30, 40, 60, 80, 120] {
+        let mut fixture = Fixture::start("lifecycle")?;
+        let pid = fixture.pid();
+        let running = Leaktrace::pid(pid)?.args(["--format", "json"]).spawn()?;
+        // Not a wait for something: the moment is what is varied.
+        thread::sleep(Duration::from_millis(delay_ms));
+        fixture.kill()?;
+        let outcome = running.finish(PATIENCE)?;
+        match outcome.code()? {
+            0 => {
+                let report = outcome.json()?;
+                assert_eq!(report["ended"], "targets_exited", "{delay_ms} ms");
+                assert_eq!(report["processes"][0]["pid"], pid, "{delay_ms} ms");
+                reports += 1;
+            }
+            1 => {
+                assert!(outcome.stderr.contains(&pid.to_string()), "{delay_ms} ms: {:?}", outcome.stderr);
+                assert_eq!(outcome.stdout, "", "{delay_ms} ms");
+                errors += 1;
+            }
+            code => panic!("{delay_ms} ms: exit status {code}: {}", outcome.stderr),
+        }
+    }
+    eprintln!("{reports} reports, {errors} errors");
+    Ok(())
+}
+
+/// A program whose file is deleted while it runs still gets its functions' names.
+#[test]
+fn a_deleted_program_keeps_its_names() -> Result<()> {
+    if !host::can_trace("a_deleted_program_keeps_its_names") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let program = folder.path().join("deleted");
+    fs::copy(Program::c("allocators").build()?, &program)?;
+    let mut fixture = Fixture::builder(&program).start()?;
+    fs::remove_file(&program)?;
+    let session = Session::start(&[fixture.pid()], &[])?;
+    fixture.tell("leak malloc 10 100")?;
+    let report = session.stop()?;
+    assert_eq!(live_in(&report, "leak_via_malloc"), (1000, 10), "{}", summary(&report));
+    Ok(())
+}
+
+/// The files that a dynamic program needs besides itself: its libraries and its linker, by `ldd`.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output().context("failed to start ldd")?;
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
+/// A process in a root of its own, with a libc that is a copy at the same path: found through the process, not by the host's path.
+#[test]
+fn a_process_in_another_root() -> Result<()> {
+    if !host::can_trace("a_process_in_another_root") {
+        return Ok(());
+    }
+    let root = tempfile::tempdir()?;
+    let program = Program::c("allocators").build()?;
+    for library in libraries(&program)? {
+        let copy = root.path().join(library.strip_prefix("/")?);
+        fs::create_dir_all(copy.parent().context("no folder")?)?;
+        fs::copy(&library, &copy).with_context(|| format!("failed to copy {}", library.display()))?;
+    }
+    fs::copy(&program, root.path().join("program"))?;
+    let path = root.path().to_owned();
+    let mut builder = Fixture::builder(Path::new("/program"));
+    let enter = move || {
+        std::os::unix::fs::chroot(&path)?;
+        std::env::set_current_dir("/")
+    };
+    // SAFETY: between fork and exec only chroot(2) and chdir(2) are called, on paths that are made before.
+    unsafe { builder.command().pre_exec(enter) };
+    let mut fixture = builder.start()?;
+    let session = Session::start(&[fixture.pid()], &[])?;
+    for command in ["leak malloc 10 100", "leak calloc 5 50", "churn malloc 100 10"] {
+        fixture.tell(command)?;
+    }
+    let report = session.stop()?;
+    no_losses(&report);
+    assert_eq!(heap(&report), (1250, 15), "{}", summary(&report));
+    assert_eq!(live_in(&report, "leak_via_malloc"), (1000, 10), "{}", summary(&report));
+    assert!(stacks(&report).all(|stack| has_frame(stack, "main")), "{}", summary(&report));
+    Ok(())
+}
