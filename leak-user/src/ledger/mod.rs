@@ -329,7 +329,7 @@ impl Ledger {
     }
 
     /// Applies events in their order, asking for the memory of many before it is needed: the same as [`Self::apply`] for
-    /// each, and where the table of blocks is larger than the caches, several times as fast.
+    /// each, and where the table of blocks is larger than the caches, about twice as fast (measured with ten million live blocks).
     pub fn apply_batch(&mut self, events: &[Event<'_>]) {
         for batch in events.chunks(BATCH) {
             for event in batch {
