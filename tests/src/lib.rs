@@ -10,11 +10,13 @@ pub mod host;
 mod leaktrace;
 mod lines;
 mod session;
+mod together;
 
 pub use compile::{Program, target_dir};
 pub use fixture::{Builder, Fixture};
 pub use leaktrace::{BINARY_VARIABLE, Leaktrace, Outcome, Running, has_frame, live_in, stacks};
 pub use session::{Session, live_of, only, site, summary};
+pub use together::{Scenario, Together};
 
 use std::time::Duration;
 
