@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use leaktrace_tests::{Fixture, Program, Session, has_frame, host, live_in, live_of, only, site, stacks, summary};
+use leaktrace_tests::{
+    Fixture, PATIENCE, Program, Session, has_frame, host, live_in, live_of, only, site, stacks, summary,
+};
 use serde_json::Value;
 
 /// The functions that a fixture calls itself, so that its own function is the caller.
@@ -260,5 +262,39 @@ fn two_processes_do_not_mix() -> Result<()> {
     }
     assert_eq!(live_of(&report, one.pid()), (65 * 100, 65));
     assert_eq!(live_of(&report, other.pid()), (150 * 200 + 17, 151));
+    Ok(())
+}
+
+/// Sizes outside of --min-size and --max-size are left out, those on the bounds are not; nor does the allocator's own break then count.
+#[test]
+fn sizes_are_filtered() -> Result<()> {
+    if !host::can_trace("sizes_are_filtered") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("allocators")?;
+    let session = Session::start(&[fixture.pid()], &["--min-size", "100", "--max-size", "200"])?;
+    for size in [99, 100, 200, 201] {
+        fixture.tell(&format!("leak malloc 10 {size}"))?;
+    }
+    let report = session.stop()?;
+    assert_eq!(live_of(&report, fixture.pid()), (3000, 20), "{}", summary(&report));
+    Ok(())
+}
+
+/// Attached to while two threads allocate and free as fast as they can: at most the block that each has in hand is live.
+#[test]
+fn attached_in_full_flight() -> Result<()> {
+    if !host::can_trace("attached_in_full_flight") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("threads")?;
+    fixture.tell("start 2 64")?;
+    let mut session = Session::start(&[fixture.pid()], &[])?;
+    let report = session.next_report(|report| stacks(report).any(|stack| has_frame(stack, "churn_block")), PATIENCE)?;
+    assert_eq!(report["losses"], serde_json::json!({}), "{}", summary(&report));
+    let (bytes, count) = live_in(&report, "churn_block");
+    assert!(count <= 2 && bytes == 64 * count, "{}", summary(&report));
+    session.stop()?;
+    fixture.tell("stop")?;
     Ok(())
 }
