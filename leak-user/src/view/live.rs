@@ -21,6 +21,9 @@ pub enum Input {
     Quit,
 }
 
+/// The shortest wait for keys: with none, crossterm does not look at the terminal at all.
+const AT_ONCE: Duration = Duration::from_millis(1);
+
 /// The terminal while reports are shown on it.
 pub struct LiveView {
     terminal: DefaultTerminal,
@@ -30,7 +33,8 @@ pub struct LiveView {
 impl LiveView {
     /// Takes the terminal over; at most `top` growing stacks are listed for a process.
     pub fn new(top: usize) -> io::Result<Self> {
-        let terminal = ratatui::try_init()?;
+        // Part of it may have been done.
+        let terminal = ratatui::try_init().inspect_err(|_| drop(ratatui::try_restore()))?;
         LogSink::hold();
         let mut view = Self { terminal, screen: Screen::new(top) };
         view.redraw()?;
@@ -45,9 +49,9 @@ impl LiveView {
 
     /// Waits for keys up to `timeout`, scrolls and adapts to a new size; tells what else the user wants.
     pub fn poll_input(&mut self, timeout: Duration) -> io::Result<Option<Input>> {
-        let mut timeout = timeout;
+        let mut timeout = timeout.max(AT_ONCE);
         while event::poll(timeout)? {
-            timeout = Duration::ZERO;
+            timeout = AT_ONCE;
             match event::read()? {
                 Event::Key(key) if key.kind != KeyEventKind::Release => {
                     if let Some(input) = self.screen.key(key) {

@@ -45,7 +45,12 @@ pub struct Output {
 }
 
 enum Sink {
-    Stream { out: Box<dyn Write + Send>, terminal: bool },
+    /// A live view to come: the terminal is taken over only when tracing runs, so that an error before that is seen.
+    Terminal,
+    Stream {
+        out: Box<dyn Write + Send>,
+        terminal: bool,
+    },
     File(ReportFile),
     Live(Box<LiveView>),
 }
@@ -63,28 +68,38 @@ impl Output {
         let sink = if let Some(path) = &config.output {
             Sink::File(ReportFile::create(path)?)
         } else if config.format == Format::Text && terminal && alone && !dumb && io::stdin().is_terminal() {
-            Sink::Live(Box::new(LiveView::new(config.top).context("set up the terminal")?))
+            Sink::Terminal
         } else {
             Sink::Stream { out: Box::new(stdout), terminal }
         };
         Ok(Self { sink, format: config.format, top: config.top, intervals: alone || !terminal, written: false })
     }
 
-    /// Whether the live view has the terminal: then [`Output::poll_input`] should be called often.
+    /// Whether there is a live view: then [`Output::poll_input`] should be called often.
     pub fn is_live(&self) -> bool {
-        matches!(self.sink, Sink::Live(_))
+        matches!(self.sink, Sink::Terminal | Sink::Live(_))
     }
 
-    /// Handles the keyboard of the live view, waiting up to `timeout` for a key. Without a live view: nothing, at once.
+    /// Handles the keyboard of the live view, waiting up to `timeout` for a key. The first call takes the terminal over.
+    /// Without a live view: nothing, at once.
     pub fn poll_input(&mut self, timeout: Duration) -> Result<Option<Input>> {
+        self.take_terminal()?;
         match &mut self.sink {
             Sink::Live(view) => view.poll_input(timeout).context("read the terminal"),
             _ => Ok(None),
         }
     }
 
+    fn take_terminal(&mut self) -> Result<()> {
+        if let Sink::Terminal = self.sink {
+            self.sink = Sink::Live(Box::new(LiveView::new(self.top).context("set up the terminal")?));
+        }
+        Ok(())
+    }
+
     /// Shows the report of an interval, where the format has such.
     pub fn interval(&mut self, report: &Report) -> Result<Outcome> {
+        self.take_terminal()?;
         let (format, look) = (self.format, self.top);
         match (&mut self.sink, format) {
             (Sink::Live(view), _) => {
@@ -121,6 +136,7 @@ impl Output {
                 return Ok(Outcome::Open);
             }
             Sink::Stream { out, terminal } => (out, terminal),
+            Sink::Terminal => (Box::new(io::stdout()), true),
             Sink::Live(view) => {
                 drop(view);
                 (Box::new(io::stdout()), true)

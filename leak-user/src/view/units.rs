@@ -68,7 +68,14 @@ impl Rate {
     pub fn show(&self, bytes_per_s: f64, interval: Option<[f64; 2]>) -> String {
         let value = format!("{} {}/{}", self.number(bytes_per_s), self.unit, self.per);
         match interval {
-            Some([low, high]) => format!("{value} [{}, {}]", self.number(low), self.number(high)),
+            Some([low, high]) => {
+                let (mut from, mut to) = (self.number(low), self.number(high));
+                if from == to && low < high {
+                    // A narrow interval needs more digits, or it would look like none.
+                    (from, to) = (format!("{:.2}", low * self.factor), format!("{:.2}", high * self.factor));
+                }
+                format!("{value} [{from}, {to}]")
+            }
             None => value,
         }
     }
@@ -170,6 +177,7 @@ mod tests {
     fn rates_read_well() {
         assert_eq!(rate(20_972.0), "1.20 MiB/min");
         assert_eq!(Rate::of(20_972.0).show(20_972.0, Some([19_900.0, 22_100.0])), "1.20 MiB/min [1.14, 1.26]");
+        assert_eq!(Rate::of(2e5).show(2e5, Some([199_900.0, 200_100.0])), "195 KiB/s [195.21, 195.41]");
         assert_eq!(rate(2048.0), "120 KiB/min");
         assert_eq!(rate(5.0 * 1_048_576.0), "5.00 MiB/s");
         assert_eq!(rate(3.0), "10.5 KiB/h");
