@@ -39,6 +39,10 @@ pub struct Facts {
     pub unprivileged_bpf_disabled: Option<i32>,
     /// Whether pids here are those of the initial pid namespace.
     pub initial_pid_namespace: Option<bool>,
+    /// Whether capabilities here are those that the kernel asks for.
+    pub initial_user_namespace: Option<bool>,
+    pub ptrace_scope: Option<i32>,
+    pub bpf_jit_enable: Option<i32>,
     /// `None` where links cannot be tried, for want of permission.
     pub links: Option<LinkSupport>,
 }
@@ -101,9 +105,12 @@ fn blocking(facts: &Facts) -> Result<(), Blocked> {
 
 /// `leaktrace doctor`: prints the checks. Whether nothing that is needed is missing.
 pub fn run(out: &mut impl Write) -> io::Result<bool> {
-    let checks = checks(&Facts::gather(true));
+    print(out, &checks(&Facts::gather(true)))
+}
+
+fn print(out: &mut impl Write, checks: &[Check]) -> io::Result<bool> {
     let width = checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
-    for check in &checks {
+    for check in checks {
         let mark = match check.status {
             Status::Ok => "ok     ",
             Status::Warn => "warn   ",
@@ -136,6 +143,9 @@ impl Facts {
             perf_event_paranoid: number("/proc/sys/kernel/perf_event_paranoid"),
             unprivileged_bpf_disabled: number("/proc/sys/kernel/unprivileged_bpf_disabled"),
             initial_pid_namespace: initial_pid_namespace(),
+            initial_user_namespace: fs::read_to_string("/proc/self/uid_map").ok().map(|map| maps_everyone(&map)),
+            ptrace_scope: number("/proc/sys/kernel/yama/ptrace_scope"),
+            bpf_jit_enable: number("/proc/sys/net/core/bpf_jit_enable"),
             links: None,
         };
         if probe && facts.may_load() {
@@ -144,8 +154,10 @@ impl Facts {
         facts
     }
 
+    /// Whether a capability is held over the host; in another user namespace none is.
     fn has(&self, capability: &str) -> bool {
-        CAPABILITIES.iter().any(|(name, bit)| *name == capability && self.capabilities >> bit & 1 == 1)
+        let counts = self.initial_user_namespace != Some(false);
+        counts && CAPABILITIES.iter().any(|(name, bit)| *name == capability && self.capabilities >> bit & 1 == 1)
     }
 
     /// Whether BPF programs can be loaded and attached.
@@ -190,6 +202,23 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         Some(true) => Check::new("pid namespace", Status::Ok, "the initial one", ""),
         None => Check::new("pid namespace", Status::Ok, "not known", ""),
     });
+    // Only what is out of the ordinary: neither is there on every kernel, and neither is needed.
+    if facts.bpf_jit_enable == Some(0) {
+        checks.push(Check::new(
+            "BPF compiler",
+            Status::Warn,
+            "off: each probe costs the target several times more",
+            "sysctl net.core.bpf_jit_enable=1",
+        ));
+    }
+    if facts.ptrace_scope.is_some_and(|scope| scope >= 3) {
+        checks.push(Check::new(
+            "ptrace",
+            Status::Warn,
+            "off (kernel.yama.ptrace_scope is 3): -p PID works, -- COMMAND cannot start a program",
+            "boot with a lower kernel.yama.ptrace_scope; 3 cannot be taken back while running",
+        ));
+    }
     let tracefs = if facts.tracefs_mounted { "mounted" } else { "not mounted" };
     checks.push(Check::new("tracefs", Status::Ok, format!("{tracefs}; not needed (raw tracepoints)"), ""));
     for (name, value) in [
@@ -204,6 +233,14 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
 
 fn privileges(facts: &Facts) -> Check {
     let held: Vec<&str> = CAPABILITIES.iter().map(|(name, _)| *name).filter(|name| facts.has(name)).collect();
+    if facts.initial_user_namespace == Some(false) {
+        return Check::new(
+            "privileges",
+            Status::Missing,
+            "no permission to trace: in a user namespace, whose root has no rights over the kernel",
+            "run as root outside of it; a rootless container cannot trace",
+        );
+    }
     let remedy = "run with sudo, or grant CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE";
     if facts.may_load() && facts.has("CAP_SYS_PTRACE") {
         Check::new("privileges", Status::Ok, held.join(", "), remedy)
@@ -270,6 +307,11 @@ fn lockdown(text: &str) -> Option<String> {
     Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
 }
 
+/// Whether a `uid_map` is that of the initial user namespace.
+fn maps_everyone(uid_map: &str) -> bool {
+    uid_map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 fn memlock() -> Option<u64> {
     use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
     getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft).filter(|soft| *soft != RLIM_INFINITY)
@@ -297,6 +339,9 @@ mod tests {
             perf_event_paranoid: Some(2),
             unprivileged_bpf_disabled: Some(2),
             initial_pid_namespace: Some(true),
+            initial_user_namespace: Some(true),
+            ptrace_scope: Some(1),
+            bpf_jit_enable: Some(1),
             links: Some(LinkSupport { multi: true, session: false }),
         }
     }
@@ -311,9 +356,11 @@ mod tests {
     /// Each missing thing blocks, is named, and comes with what to do.
     #[test]
     fn each_missing_thing_is_named_with_its_remedy() {
-        let cases: [(&str, Facts); 6] = [
+        let cases: [(&str, Facts); 8] = [
             ("privileges", Facts { capabilities: 0, ..healthy() }),
             ("privileges", Facts { capabilities: 1 << 39, ..healthy() }),
+            ("privileges", Facts { initial_user_namespace: Some(false), ..healthy() }),
+            ("pid namespace", Facts { initial_pid_namespace: Some(false), ..healthy() }),
             ("kernel", Facts { kernel: Some((5, 4)), ..healthy() }),
             ("uprobes", Facts { uprobes: false, ..healthy() }),
             ("BTF", Facts { btf: false, ..healthy() }),
@@ -342,6 +389,36 @@ mod tests {
         assert!(checks(&facts).iter().any(|check| check.name == "probe links" && check.status == Status::Warn));
     }
 
+    /// What only limits tracing is told with its remedy and does not forbid it.
+    #[test]
+    fn limits_are_warnings() {
+        for (name, facts) in [
+            ("BPF compiler", Facts { bpf_jit_enable: Some(0), ..healthy() }),
+            ("ptrace", Facts { ptrace_scope: Some(3), ..healthy() }),
+            ("kernel", Facts { kernel: None, ..healthy() }),
+        ] {
+            assert_eq!(blocking(&facts), Ok(()));
+            let mut warnings = checks(&facts).into_iter().filter(|check| check.status == Status::Warn);
+            assert!(warnings.next().is_some_and(|check| check.name == name && check.remedy.is_some()));
+            assert_eq!(warnings.next(), None);
+        }
+    }
+
+    /// What is printed names each missing thing with its remedy, and what it comes to.
+    #[test]
+    fn printed() {
+        let facts = Facts { uprobes: false, ..healthy() };
+        let mut text = Vec::new();
+        assert!(!print(&mut text, &checks(&facts)).unwrap());
+        let text = String::from_utf8(text).unwrap();
+        assert!(
+            text.contains("MISSING  uprobes") && text.contains("-> use a kernel with CONFIG_UPROBE_EVENTS=y"),
+            "{text}"
+        );
+        assert!(text.ends_with("cannot be traced yet.\n"), "{text}");
+        assert!(print(&mut Vec::new(), &checks(&healthy())).unwrap());
+    }
+
     /// A small limit of locked memory matters only where maps are counted against it.
     #[test]
     fn locked_memory_matters_on_old_kernels() {
@@ -356,6 +433,7 @@ mod tests {
     fn formats() {
         assert_eq!(parse_release("6.18.44-fc-v595"), Some((6, 18)));
         assert_eq!(parse_release("what"), None);
+        assert!(maps_everyone("         0          0 4294967295\n") && !maps_everyone("0 1000 1\n"));
         assert_eq!(lockdown("none [integrity] confidentiality\n").as_deref(), Some("integrity"));
         assert_eq!(capabilities("Name:\tx\nCapEff:\t000000c000080000\n"), 0xc0_0008_0000);
     }
