@@ -394,9 +394,9 @@ fn a_killed_tracer_leaves_its_target_at_full_speed() -> Result<()> {
     drop(session);
     assert_nothing_left(&held, fixture.pid())?;
     let after = speed(&mut fixture)?;
-    // A trap makes a pair at least ten times slower, whatever else the machine does meanwhile.
-    assert!(traced * 4.0 < before, "{before} pairs a second before, {traced} traced: it was not traced");
-    assert!(after * 3.0 > before, "{before} pairs a second before, {after} after");
+    // A trap makes a pair some fifty times slower; what else the machine does meanwhile, a few times.
+    assert!(traced * 10.0 < before, "{before} pairs a second before, {traced} traced: it was not traced");
+    assert!(after * 10.0 > before && after > traced * 5.0, "{before} pairs a second, {traced} traced, {after} after");
     Ok(())
 }
 
