@@ -8,7 +8,7 @@
 pub mod unwind;
 
 /// Changes whenever a record, a map value or the meaning of a field changes. A recorded stream carries it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The most return addresses that a stack record carries.
 pub const MAX_FRAMES: usize = 127;
@@ -53,6 +53,9 @@ pub mod flag {
     pub const FILE: u16 = 1;
     /// The system call was made inside a probed allocator function: the pages are the allocator's, not the program's.
     pub const IN_ALLOCATOR: u16 = 2;
+    /// A stack of which some frames were left by their frame pointer although tables are in use: generated code, or
+    /// code without unwind information.
+    pub const FRAME_POINTERS: u16 = 4;
 }
 
 /// The first eight bytes of each record.
@@ -142,7 +145,7 @@ pub struct ReallocEnd {
 }
 const _: () = assert!(size_of::<ReallocEnd>() == 48);
 
-/// A call stack; `count` return addresses (u64) follow, innermost first.
+/// A call stack; `count` return addresses (u64) follow, outermost first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct StackHeader {
@@ -170,8 +173,10 @@ pub mod stack_end {
     pub const NO_TABLE: u32 = 4;
     /// The table has no row for this address, or one that cannot be followed.
     pub const NO_ROW: u32 = 5;
+    /// A signal interrupted code of which only the rows for calls are loaded.
+    pub const INTERRUPTED: u32 = 6;
     /// Not the start of a reason: how many there are.
-    pub const COUNT: usize = 6;
+    pub const COUNT: usize = 7;
 }
 
 /// A range of pages that was mapped, or, for `BRK`, the new program break in `addr`.
@@ -265,8 +270,12 @@ pub mod counter {
     pub const OVERFLOWED: u32 = 11;
     /// The result of `posix_memalign` could not be read.
     pub const BAD_RESULT: u32 = 12;
+    /// Frames of stacks that were unwound.
+    pub const FRAMES_WALKED: u32 = 13;
+    /// Frames that were the same as in the thread's stack before, and were verified instead.
+    pub const FRAMES_REUSED: u32 = 14;
     /// How many slots there are.
-    pub const COUNT: u32 = 16;
+    pub const COUNT: u32 = 24;
 }
 
 /// Key of the overflow map: the address of a free that found the ring full.

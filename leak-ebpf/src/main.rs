@@ -4,10 +4,13 @@
 //! - [`maps`]: everything that programs share with each other and with user space;
 //! - [`thread`]: what is remembered of each thread, above all the call in flight;
 //! - [`stack`]: the call stack, hashed, and sent whole the first time it is seen;
+//! - [`unwind`]: by which rule the frame of an address is left;
+//! - [`returns`]: return addresses that a return probe has replaced;
 //! - [`emit`]: records into the ring, and what happens when it is full;
 //! - [`probes`]: the programs.
 //!
-//! Nothing here reads kernel structures beyond `pt_regs`, so no relocation against the running kernel is needed.
+//! Of kernel structures only `pt_regs` and the list of pending return probes are read, the latter by offsets that user space
+//! finds; so no relocation against the running kernel is needed.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -17,8 +20,10 @@ mod emit;
 mod maps;
 mod probes;
 mod regs;
+mod returns;
 mod stack;
 mod thread;
+mod unwind;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -4,6 +4,7 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use leak_common::unwind::{Range, Target};
 use leak_common::{Clock, MissedFree, counter};
 
 use crate::thread::Thread;
@@ -12,19 +13,41 @@ use crate::thread::Thread;
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
 
-/// Processes (thread groups) to trace.
+/// Processes (thread groups) to trace, and where the ranges of their code are.
 #[map]
-pub static TARGETS: HashMap<u32, u32> = HashMap::with_max_entries(4096, 0);
+pub static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
 
-/// State of each traced thread, by its id. Allocated on demand: an entry holds the thread's stack buffer, about 2 KiB,
-/// because a per-CPU buffer is not safe here (uprobe programs can be preempted by another task's on the same CPU: they
-/// run with migration disabled only, `bpf_prog_run_array_uprobe`).
+/// State of each traced thread: a thread's slot is the one that the low bits of its id name, so that finding it is a load
+/// and no call. Not per CPU: uprobe programs run with migration disabled only and can be preempted by another task's on
+/// the same CPU (`bpf_prog_run_array_uprobe`).
+#[map]
+pub static SLOTS: Array<Thread> = Array::with_max_entries(SLOT_COUNT, 0);
+pub const SLOT_COUNT: u32 = 512;
+
+/// Which thread has a slot; to have one is to have inserted it here.
+#[map]
+pub static OWNERS: HashMap<u32, u32> = HashMap::with_max_entries(SLOT_COUNT, 0);
+
+/// Threads whose slot another thread has, by id.
 #[map]
 pub static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 
 /// A zeroed [`Thread`] to start from: it is too large for the 512 bytes of BPF stack.
 #[map]
 pub static THREAD_INIT: Array<Thread> = Array::with_max_entries(1, 0);
+
+/// Rows of unwind tables: of each file one extent, sorted by address (`leak_common::unwind::row`).
+#[map]
+pub static ROWS: Array<u64> = Array::with_max_entries(1 << 21, 0);
+
+/// Code of the traced processes: of each process one extent, sorted by address.
+#[map]
+pub static RANGES: Array<Range> = Array::with_max_entries(1 << 14, 0);
+
+/// Rules by the return address they were looked up for; see `unwind`.
+#[map]
+pub static RULES: Array<[u64; 2]> = Array::with_max_entries(RULES_COUNT, 0);
+pub const RULES_COUNT: u32 = 1 << 15;
 
 /// Stack hashes that user space has been sent, in sets of [`SEEN_WAYS`]. A plain array: looked up without a call, and a
 /// hash that was displaced only means that its stack is sent again.
@@ -50,12 +73,6 @@ pub static CLOCK: Array<Clock> = Array::with_max_entries(1, 0);
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
 
-/// Allocations below this many bytes are not followed.
-#[unsafe(no_mangle)]
-static MIN_SIZE: u64 = 0;
-/// Allocations above this many bytes are not followed.
-#[unsafe(no_mangle)]
-static MAX_SIZE: u64 = u64::MAX;
 /// Reads a setting that the loader patches. Volatile, or the compiler would use the default; the verifier sees a
 /// constant all the same, since the map is frozen.
 macro_rules! setting {
@@ -65,10 +82,60 @@ macro_rules! setting {
     };
 }
 
+/// Allocations below this many bytes are not followed.
+#[unsafe(no_mangle)]
+static MIN_SIZE: u64 = 0;
+/// Allocations above this many bytes are not followed.
+#[unsafe(no_mangle)]
+static MAX_SIZE: u64 = u64::MAX;
+/// Whether stacks are unwound with tables; otherwise by frame pointers alone.
+#[unsafe(no_mangle)]
+static USE_TABLES: u64 = 1;
+
+/// Where in kernel structures the pending return probes of a task are; zero: not known. In this order: `task_struct.utask`,
+/// `uprobe_task.return_instances`, `return_instance.stack`, `.orig_ret_vaddr`, `.next`.
+#[unsafe(no_mangle)]
+static UTASK_OFFSET: u64 = 0;
+#[unsafe(no_mangle)]
+static INSTANCES_OFFSET: u64 = 0;
+#[unsafe(no_mangle)]
+static INSTANCE_STACK_OFFSET: u64 = 0;
+#[unsafe(no_mangle)]
+static INSTANCE_RETURN_OFFSET: u64 = 0;
+#[unsafe(no_mangle)]
+static INSTANCE_NEXT_OFFSET: u64 = 0;
+
+/// The offsets of the structures that hold pending return probes; `task` is zero if they are not known.
+pub struct ReturnOffsets {
+    pub task: u64,
+    pub instances: u64,
+    pub stack: u64,
+    pub address: u64,
+    pub next: u64,
+}
+
+#[inline(always)]
+pub fn return_offsets() -> ReturnOffsets {
+    ReturnOffsets {
+        task: setting!(UTASK_OFFSET),
+        instances: setting!(INSTANCES_OFFSET),
+        stack: setting!(INSTANCE_STACK_OFFSET),
+        address: setting!(INSTANCE_RETURN_OFFSET),
+        next: setting!(INSTANCE_NEXT_OFFSET),
+    }
+}
+
+
 /// Whether an allocation of this size is followed.
 #[inline(always)]
 pub fn size_is_followed(size: u64) -> bool {
     size >= setting!(MIN_SIZE) && size <= setting!(MAX_SIZE)
+}
+
+/// Whether stacks are unwound with tables.
+#[inline(always)]
+pub fn use_tables() -> bool {
+    setting!(USE_TABLES) != 0
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC` to within a tick. Counted in jiffies, because that is a load, while the clock is two
@@ -103,6 +170,14 @@ pub fn atomic_add(cell: *mut u64, by: u64) {
 pub fn count(which: u32) {
     if let Some(cell) = COUNTERS.get_ptr_mut(which) {
         atomic_add(cell, 1);
+    }
+}
+
+/// Counts many of `leak_common::counter`.
+#[inline(always)]
+pub fn count_many(which: u32, by: u64) {
+    if let Some(cell) = COUNTERS.get_ptr_mut(which) {
+        atomic_add(cell, by);
     }
 }
 

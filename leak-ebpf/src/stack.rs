@@ -1,60 +1,128 @@
 //! The call stack of the current thread, hashed; sent whole the first time its hash is seen.
 //!
-//! Taken at entry, where the caller is at [sp]: at return, the return probe's trampoline stands there. The walk follows
-//! the frame pointers, and reads the stack in pieces: `bpf_probe_read_user` takes about 40 ns for 8 bytes and 52 for
-//! 1024. A piece ends with its page, because a read that runs into an absent page is many times slower.
+//! Taken at entry, where the caller is at [sp]: at return, the return probe's trampoline stands there. Each frame is left
+//! by a rule ([`crate::unwind`]): from the tables, or by its frame pointer. The stack is read in pieces:
+//! `bpf_probe_read_user` takes about 40 ns for 8 bytes and 52 for 1024. A piece ends with its page, because a read that
+//! runs into an absent page is many times slower.
+//!
+//! # Verifying instead of unwinding
+//! Most stacks of a thread share their outer frames with the one before it, so the last complete stack is kept, with
+//! every word of memory that it was derived from. Once a frame of the new stack equals one of the kept (same return address
+//! in the same place, same frame pointer where the frames outside it depend on that), its outer frames are the kept ones
+//! exactly if those words are unchanged: they are read and compared, which is several times cheaper than unwinding.
+//!
+//! The kept stack is stored outermost frame first, so that inner frames come and go at its end. A walk puts its
+//! frames at the other end of the same arrays, and they are then moved to where the kept ones end.
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::{bpf_loop, bpf_probe_read_user};
-use leak_common::{MAX_FRAMES, StackHeader, counter, kind, stack_end};
+use leak_common::unwind::{Rule, cfa, fp, none};
+use leak_common::{MAX_FRAMES, StackHeader, counter, flag, kind, stack_end};
 
 use crate::emit::header;
-use crate::maps::{EVENTS, SEEN, SEEN_SETS, SEEN_WAYS, count, generation};
+use crate::maps::{EVENTS, SEEN, SEEN_SETS, SEEN_WAYS, count, count_many, generation, use_tables};
 use crate::regs::Frame;
+use crate::returns;
 use crate::thread::Thread;
+use crate::unwind::{self, BY_FRAME_POINTER, miss};
 
 /// Most bytes that are read at once.
 const PIECE: u64 = 1024;
 const PAGE: u64 = 4096;
-/// A frame record: saved frame pointer, return address.
-const RECORD: u64 = 16;
+/// Elements of the arrays: one more than is ever sent, so that an index is a plain mask.
+const FRAMES: usize = MAX_FRAMES + 1;
+const MASK: u64 = MAX_FRAMES as u64;
 
-/// The walk's state and its buffers. In the thread's map value: neither fits on the BPF stack, and the verifier follows
-/// a loop over a map value far more cheaply than one over registers.
+/// In `fp_at`: the frame pointer is needed and is the inner frame's.
+const FP_SAME: u64 = 1;
+
+/// The walk's state, its buffers and the thread's last stack. In the thread's map value: it does not fit on the BPF stack,
+/// and the verifier follows a loop over a map value far more cheaply than one over registers.
 #[repr(C)]
 pub struct Walk {
     /// Address of the first byte in `piece`.
     base: u64,
     /// How many bytes of `piece` are valid.
     length: u64,
-    /// Frame pointer to follow next.
+    /// The return address that is to be looked up, and whether it is the address of an interrupted instruction instead.
+    pc: u64,
+    exact: u64,
+    /// The stack pointer and the frame pointer in the frame of `pc`.
+    sp: u64,
     fp: u64,
-    /// An outer frame's record lies at or above this address.
-    above: u64,
-    hash: u64,
+    /// See [`unwind::tag`].
+    tag: u64,
+    /// How many frames this walk has found; they end at the arrays' end.
+    found: u64,
+    /// How many frames of the kept stack the walk has not come past.
+    kept: u64,
+    /// Kept frames that are still to be verified, or found frames still to be moved.
+    left: u64,
+    /// How the walk ended, one of `stack_end`, [`RUNNING`] or [`MATCHED`].
+    end: u64,
+    /// Bits of `flag` for the stack's record.
+    flags: u64,
+    tgid: u64,
+    /// Frames of the kept stack, zero if it cannot be verified; its hash, and the flags it was sent with.
+    kept_count: u64,
+    kept_hash: u64,
+    kept_flags: u64,
+    kept_generation: u64,
+    /// Hash of the thread's last stack that user space has.
+    sent_hash: u64,
+    /// Of the frame that was found in the kept stack: what `fp_at` and `cfa_at` would be.
+    matched_fp_at: u64,
+    matched_cfa_at: u64,
+    tally: Tally,
     /// What is sent: the header and the addresses, in one piece.
     record: StackHeader,
-    /// One more than is ever sent, so that the index is a plain mask.
-    frames: [u64; MAX_FRAMES + 1],
-    /// Sixteen bytes more than are ever read, so that a masked offset of the last byte still holds a record.
-    piece: [u8; (PIECE + RECORD) as usize],
+    /// Return addresses.
+    pcs: [u64; FRAMES],
+    /// Where each was read.
+    slots: [u64; FRAMES],
+    /// The frame pointer in the frame that the address returns to.
+    fps: [u64; FRAMES],
+    /// Where that was read; [`FP_SAME`]; or zero: no frame outside depends on it.
+    fp_at: [u64; FRAMES],
+    /// Where the frame's CFA was read, zero if it was computed.
+    cfa_at: [u64; FRAMES],
+    /// Of a kept stack the hash of this frame and those outside it; of a walk's frames the rule they are left by.
+    hashes: [u64; FRAMES],
+    piece: [u8; PIECE as usize],
+}
+
+/// How many frames were unwound and how many reused, since they were last added to the counters.
+#[repr(C)]
+struct Tally {
+    stacks: u64,
+    walked: u64,
+    reused: u64,
+}
+
+impl Tally {
+    /// Counts a stack; now and then adds all to the counters, which costs more than the rest of this.
+    #[inline(always)]
+    fn add(&mut self, walked: u64) {
+        self.walked += walked;
+        self.stacks += 1;
+        if self.stacks & 63 == 0 {
+            count_many(counter::FRAMES_WALKED, self.walked);
+            count_many(counter::FRAMES_REUSED, self.reused);
+            self.walked = 0;
+            self.reused = 0;
+        }
+    }
 }
 
 /// Not an end: the walk goes on.
-const RUNNING: u32 = u32::MAX;
+const RUNNING: u64 = u32::MAX as u64;
+/// Not an end: the frame found last is one of the kept.
+const MATCHED: u64 = RUNNING - 1;
 
 struct Context {
     walk: *mut Walk,
-}
-
-impl Walk {
-    /// The innermost address of the last stack.
-    #[inline(always)]
-    pub fn caller(&self) -> u64 {
-        self.frames[0]
-    }
 }
 
 /// Multiplicative hashing with a fold; the constant is 2^64 over the golden ratio (Knuth, TAOCP 3, 6.4).
@@ -68,14 +136,7 @@ fn mix(hash: u64, value: u64) -> u64 {
 #[inline(always)]
 fn read_piece(walk: &mut Walk, address: u64) -> bool {
     let to_page_end = PAGE - (address & (PAGE - 1));
-    // A record that straddles two pages is read for itself.
-    let length = if to_page_end < RECORD {
-        RECORD
-    } else if to_page_end < PIECE {
-        to_page_end
-    } else {
-        PIECE
-    };
+    let length = if to_page_end < PIECE { to_page_end } else { PIECE };
     walk.base = address;
     // SAFETY: length is at most PIECE, which piece holds; a bad address is an error result.
     let result = unsafe {
@@ -85,108 +146,376 @@ fn read_piece(walk: &mut Walk, address: u64) -> bool {
     result == 0
 }
 
-/// The eight bytes at offset `at` of the piece.
+/// The word at `address`, which is a multiple of eight; reads the piece that starts there if need be.
 #[inline(always)]
-fn word(walk: &Walk, at: u64) -> u64 {
-    let at = (at & (PIECE - 1)) as usize;
-    // SAFETY: at is below PIECE, and piece is RECORD bytes longer than that.
-    unsafe { walk.piece.as_ptr().add(at).cast::<u64>().read_unaligned() }
+fn word(walk: &mut Walk, address: u64) -> Option<u64> {
+    let mut at = address.wrapping_sub(walk.base);
+    if at >= walk.length {
+        if !read_piece(walk, address) {
+            return None;
+        }
+        at = 0;
+    }
+    let at = (at & (PIECE - 8)) as usize;
+    // SAFETY: at is at most PIECE - 8.
+    Some(unsafe { walk.piece.as_ptr().add(at).cast::<u64>().read() })
 }
 
-/// How many frame pointers one call of [`step`] follows: a call costs more than a frame.
-const FRAMES_A_STEP: u32 = 4;
+impl Walk {
+    /// The innermost address of the last stack.
+    #[inline(always)]
+    pub fn caller(&self) -> u64 {
+        self.pcs[(u64::from(self.record.count).wrapping_sub(1) & MASK) as usize]
+    }
 
-/// Follows some frame pointers: 0 to go on, 1 at the end.
+    /// Nothing of the kept stack is true any more.
+    #[inline(always)]
+    pub fn forget(&mut self) {
+        self.kept_count = 0;
+        self.sent_hash = 0;
+    }
+
+    /// Adds a frame to those found, and looks whether it is a kept one. The walk ends with `MATCHED`, or because there
+    /// is no more room.
+    #[inline(always)]
+    fn push(&mut self, pc: u64, slot: u64, fp: u64, fp_at: u64, cfa_at: u64) {
+        // Kept frames that lie further in than this one are gone.
+        let mut kept = self.kept;
+        for _ in 0..4 {
+            if kept > 0 && self.slots[(kept - 1 & MASK) as usize] < slot {
+                kept -= 1;
+            }
+        }
+        if kept > 0 {
+            let top = (kept - 1 & MASK) as usize;
+            if self.slots[top] == slot && self.pcs[top] == pc && (self.fp_at[top] == 0 || self.fps[top] == fp) {
+                self.kept = kept;
+                self.pc = pc;
+                self.sp = slot.wrapping_add(8);
+                self.fp = fp;
+                self.matched_fp_at = fp_at;
+                self.matched_cfa_at = cfa_at;
+                self.end = MATCHED;
+                return;
+            }
+            // Found and kept ones may not meet in the arrays; if they would, the kept ones give way.
+            if kept + self.found >= MASK {
+                kept = 0;
+            }
+        }
+        self.kept = kept;
+        if self.found >= MAX_FRAMES as u64 {
+            self.end = u64::from(stack_end::TOO_DEEP);
+            return;
+        }
+        self.found += 1;
+        let at = ((FRAMES as u64 - self.found) & MASK) as usize;
+        self.pcs[at] = pc;
+        self.slots[at] = slot;
+        self.fps[at] = fp;
+        self.fp_at[at] = fp_at;
+        self.cfa_at[at] = cfa_at;
+        self.pc = pc;
+        self.exact = 0;
+        self.sp = slot.wrapping_add(8);
+        self.fp = fp;
+    }
+
+    /// Leaves the frame found last.
+    #[inline(always)]
+    fn advance(&mut self) {
+        let (pc, sp, fp) = (self.pc, self.sp, self.fp);
+        let at = ((FRAMES as u64 - self.found) & MASK) as usize;
+        let mut rule = BY_FRAME_POINTER;
+        if use_tables() {
+            rule = unwind::rule(self.tgid as u32, self.tag, pc, self.exact != 0);
+            if rule.0 == Rule::none(miss::NO_RANGE).0 {
+                // Not in any code: it may be where a return probe makes the function return to.
+                let real = returns::pending(sp.wrapping_sub(8));
+                if real != 0 {
+                    self.pcs[at] = real;
+                    self.pc = real;
+                    self.flags |= NOT_KEPT;
+                    rule = unwind::rule(self.tgid as u32, self.tag, real, false);
+                }
+            }
+        }
+        self.hashes[at] = u64::from(rule.0);
+        self.end = self.follow(rule, pc, sp, fp);
+    }
+
+    /// Finds the frame outside, by `rule`. How the walk ends, or `RUNNING`.
+    #[inline(always)]
+    fn follow(&mut self, mut rule: Rule, pc: u64, sp: u64, fp: u64) -> u64 {
+        if rule.cfa() == cfa::NONE {
+            match rule.0 as u16 as i16 {
+                none::NO_ENTRY => {
+                    // Hand-written code: its frame pointer is worth a try, and the stack is marked.
+                    rule = BY_FRAME_POINTER;
+                    self.flags |= u64::from(flag::FRAME_POINTERS);
+                    let at = ((FRAMES as u64 - self.found) & MASK) as usize;
+                    self.hashes[at] = u64::from(rule.0);
+                }
+                none::INEXPRESSIBLE => return u64::from(stack_end::NO_ROW),
+                miss::INTERRUPTED => return u64::from(stack_end::INTERRUPTED),
+                _ => return u64::from(stack_end::NO_TABLE),
+            }
+        }
+        let mut cfa_at = 0;
+        let frame_address = match rule.cfa() {
+            cfa::SP => sp.wrapping_add(rule.cfa_offset() as u64),
+            cfa::FP => fp.wrapping_add(rule.cfa_offset() as u64),
+            cfa::DEREF_SP | cfa::DEREF_FP => {
+                let from = if rule.cfa() == cfa::DEREF_SP { sp } else { fp };
+                cfa_at = from.wrapping_add(rule.cfa_offset() as u64);
+                if cfa_at & 7 != 0 {
+                    return u64::from(stack_end::BAD_READ);
+                }
+                match word(self, cfa_at) {
+                    Some(frame_address) => frame_address,
+                    None => return u64::from(stack_end::BAD_READ),
+                }
+            }
+            cfa::PLT => sp.wrapping_add(if pc & 15 >= 11 { 16 } else { 8 }),
+            cfa::SIGNAL => return self.leave_signal(sp),
+            _ => return u64::from(stack_end::COMPLETE),
+        };
+        // Frames outside lie higher. In a frame with a frame pointer zero is how the outermost one is marked (System V
+        // psABI x86-64, 3.4.1).
+        if frame_address <= sp || frame_address & 7 != 0 {
+            if rule.0 != BY_FRAME_POINTER.0 {
+                return u64::from(stack_end::NO_ROW);
+            }
+            let end = if fp == 0 { stack_end::COMPLETE } else { stack_end::NO_FRAME_POINTER };
+            return u64::from(end);
+        }
+        let mut outer_fp = fp;
+        let mut fp_at = 0;
+        if rule.fp() == fp::AT_CFA || rule.fp() == fp::AT_FP {
+            let from = if rule.fp() == fp::AT_CFA { frame_address } else { fp };
+            fp_at = from.wrapping_add(rule.fp_offset() as u64);
+            if fp_at & 7 != 0 {
+                return u64::from(stack_end::BAD_READ);
+            }
+            // Before the return address, because it lies lower: one piece then holds both.
+            match word(self, fp_at) {
+                Some(saved) => outer_fp = saved,
+                None => return u64::from(stack_end::BAD_READ),
+            }
+        }
+        let slot = frame_address.wrapping_sub(8);
+        let Some(outer) = word(self, slot) else {
+            return u64::from(stack_end::BAD_READ);
+        };
+        if outer == 0 {
+            return u64::from(stack_end::COMPLETE);
+        }
+        self.end = RUNNING;
+        self.push(outer, slot, outer_fp, fp_at, cfa_at);
+        self.end
+    }
+
+    /// Goes on where the signal interrupted the thread: `context` is the address of the `ucontext`, whose registers start at
+    /// byte 40 (r8 to r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip; glibc's `sys/ucontext.h`, the kernel's
+    /// `struct sigcontext_64`).
+    #[inline(always)]
+    fn leave_signal(&mut self, context: u64) -> u64 {
+        // Moved stacks are not verified.
+        self.flags |= NOT_KEPT;
+        let fp = word(self, context.wrapping_add(120));
+        let sp = word(self, context.wrapping_add(160));
+        let slot = context.wrapping_add(168);
+        let pc = word(self, slot);
+        let (Some(fp), Some(sp), Some(pc)) = (fp, sp, pc) else {
+            return u64::from(stack_end::BAD_READ);
+        };
+        self.kept = 0;
+        self.end = RUNNING;
+        self.push(pc, slot, fp, 0, 0);
+        self.sp = sp;
+        self.exact = 1;
+        self.end
+    }
+}
+
+/// In `Walk::flags`, above those of a record: the stack cannot be verified.
+const NOT_KEPT: u64 = 1 << 32;
+
+/// How many frames one call of a callback handles: a call costs more than a frame.
+const FRAMES_A_STEP: u32 = 2;
+const VERIFIED_A_STEP: u32 = 8;
+const MOVED_A_STEP: u32 = 4;
+
+/// Leaves some frames: 0 to go on, 1 at the end.
 #[inline(never)]
 extern "C" fn step(_index: u64, context: *mut Context) -> i64 {
-    // SAFETY: bpf_loop passes on the pointer that `walk` gave it, and walk points into a map value.
+    // SAFETY: bpf_loop passes on the pointer that it was given, and walk points into a map value.
     let walk = unsafe { &mut *(*context).walk };
-    let mut fp = walk.fp;
-    let mut above = walk.above;
-    let mut hash = walk.hash;
-    let mut count = walk.record.count;
-    let mut end = RUNNING;
     for _ in 0..FRAMES_A_STEP {
-        if fp < above || fp & 7 != 0 {
-            // The ABI sets rbp to zero in the outermost frame (System V psABI x86-64, 3.4.1).
-            end = if fp == 0 { stack_end::COMPLETE } else { stack_end::NO_FRAME_POINTER };
-            break;
+        walk.advance();
+        if walk.end != RUNNING {
+            return 1;
         }
-        let mut at = fp.wrapping_sub(walk.base);
-        if at >= PIECE || at + RECORD > walk.length {
-            if !read_piece(walk, fp) {
-                end = stack_end::BAD_READ;
-                break;
-            }
-            at = 0;
-        }
-        let next = word(walk, at);
-        let pc = word(walk, at + 8);
-        if pc == 0 {
-            end = stack_end::COMPLETE;
-            break;
-        }
-        if count >= MAX_FRAMES as u32 {
-            end = stack_end::TOO_DEEP;
-            break;
-        }
-        walk.frames[count as usize & MAX_FRAMES] = pc;
-        count += 1;
-        hash = mix(hash, pc);
-        above = fp.wrapping_add(RECORD);
-        fp = next;
     }
-    walk.fp = fp;
-    walk.above = above;
-    walk.hash = hash;
-    walk.record.count = count;
-    walk.record.end = end;
-    i64::from(end != RUNNING)
+    0
+}
+
+/// Compares what some kept frames were derived from with what is there now: 0 to go on, 1 at the end; then `left` is
+/// zero if all was the same.
+#[inline(never)]
+extern "C" fn verify(_index: u64, context: *mut Context) -> i64 {
+    // SAFETY: as in `step`.
+    let walk = unsafe { &mut *(*context).walk };
+    for _ in 0..VERIFIED_A_STEP {
+        if walk.left == 0 {
+            return 1;
+        }
+        let at = (walk.left - 1 & MASK) as usize;
+        let slot = walk.slots[at];
+        let (fp_at, cfa_at) = (walk.fp_at[at], walk.cfa_at[at]);
+        if cfa_at != 0 && word(walk, cfa_at) != Some(slot.wrapping_add(8)) {
+            return 1;
+        }
+        if fp_at > FP_SAME && word(walk, fp_at) != Some(walk.fps[at]) {
+            return 1;
+        }
+        if word(walk, slot) != Some(walk.pcs[at]) {
+            return 1;
+        }
+        walk.left -= 1;
+    }
+    0
+}
+
+/// Moves some of the found frames to where the kept ones end, outermost first, and hashes them: 0 to go on, 1 at the end.
+/// `kept` is where the next one goes.
+#[inline(never)]
+extern "C" fn place(_index: u64, context: *mut Context) -> i64 {
+    // SAFETY: as in `step`.
+    let walk = unsafe { &mut *(*context).walk };
+    for _ in 0..MOVED_A_STEP {
+        if walk.left == 0 {
+            return 1;
+        }
+        let from = ((FRAMES as u64 - walk.left) & MASK) as usize;
+        let to = (walk.kept & MASK) as usize;
+        let (outer_hash, outer_needs_fp) = if walk.kept == 0 {
+            (mix(walk.tag, walk.tgid), false)
+        } else {
+            let outer = (walk.kept - 1 & MASK) as usize;
+            (walk.hashes[outer], walk.fp_at[outer] != 0)
+        };
+        let rule = Rule(walk.hashes[from] as u32);
+        let passes_on = rule.fp() == fp::SAME || rule.fp() == fp::AT_FP;
+        let needs_fp = rule.cfa() == cfa::FP || rule.cfa() == cfa::DEREF_FP || (passes_on && outer_needs_fp);
+        let fp_at = walk.fp_at[from];
+        let pc = walk.pcs[from];
+        walk.fp_at[to] = if !needs_fp {
+            0
+        } else if fp_at == 0 {
+            FP_SAME
+        } else {
+            fp_at
+        };
+        walk.pcs[to] = pc;
+        walk.slots[to] = walk.slots[from];
+        walk.fps[to] = walk.fps[from];
+        walk.cfa_at[to] = walk.cfa_at[from];
+        walk.hashes[to] = mix(outer_hash, pc);
+        walk.kept += 1;
+        walk.left -= 1;
+    }
+    0
+}
+
+#[inline(always)]
+fn run(callback: unsafe extern "C" fn(u64, *mut Context) -> i64, steps: u32, walk: &mut Walk) {
+    let mut context = Context { walk };
+    // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
+    unsafe {
+        bpf_loop(steps, callback as *mut c_void, (&raw mut context).cast::<c_void>(), 0);
+    }
 }
 
 /// Takes the stack of `thread` from `frame` and returns its hash; user space has been sent the stack, or will be with
-/// the next allocation from it if the ring was full. With `at_entry` the innermost address is the one at [sp] (the
-/// frame is that of a function's first instructions), otherwise it is the pc.
+/// the next allocation from it if the ring was full. With `at_entry` the innermost address is the one that the function
+/// returns to (the frame is that of a function's first instructions), otherwise it is the pc.
 #[inline(always)]
 pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
+    let generation = generation();
+    let tgid = thread.tgid;
     let walk = &mut thread.walk;
-    let mut hash = mix(generation(), u64::from(thread.tgid));
-    walk.record.count = 0;
-    walk.record.end = RUNNING;
-    walk.above = frame.sp;
-    walk.fp = frame.fp;
-    let readable = read_piece(walk, frame.sp & !7);
-    if !at_entry || readable {
-        let first = if at_entry { word(walk, 0) } else { frame.pc };
-        walk.frames[0] = first;
-        hash = mix(hash, first);
-        walk.record.count = 1;
-    }
-    walk.hash = hash;
-    if readable {
-        let mut context = Context { walk };
-        // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
-        unsafe {
-            bpf_loop(
-                (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP),
-                step as *mut c_void,
-                (&raw mut context).cast::<c_void>(),
-                0,
-            );
+    walk.found = 0;
+    walk.flags = 0;
+    walk.length = 0;
+    walk.tgid = u64::from(tgid);
+    walk.tag = unwind::tag(tgid);
+    walk.kept = if walk.kept_generation == generation { walk.kept_count } else { 0 };
+    walk.end = RUNNING;
+    if at_entry {
+        match word(walk, frame.sp & !7) {
+            Some(caller) => walk.push(caller, frame.sp & !7, frame.fp, 0, 0),
+            None => walk.end = u64::from(stack_end::BAD_READ),
         }
     } else {
-        walk.record.end = stack_end::BAD_READ;
+        // There is no slot: the address below the stack stands for it.
+        walk.push(frame.pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
     }
-    let hash = thread.walk.hash ^ u64::from(thread.walk.record.end);
-    if hash != thread.last_stack && publish(thread, hash, op) {
-        thread.last_stack = hash;
+    if walk.end == RUNNING {
+        run(step, (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP), walk);
+    }
+    if walk.end == MATCHED {
+        // The matched frame itself has just been read.
+        walk.left = walk.kept - 1;
+        if walk.left != 0 {
+            run(verify, (MAX_FRAMES as u32).div_ceil(VERIFIED_A_STEP), walk);
+        }
+        if walk.left == 0 {
+            walk.end = u64::from(stack_end::COMPLETE);
+            walk.flags |= walk.kept_flags;
+            walk.tally.reused += walk.kept;
+            if walk.found == 0 && walk.kept == walk.kept_count {
+                walk.tally.add(0);
+                return publish_if_new(walk, walk.kept_hash, op);
+            }
+        } else {
+            // The kept stack is gone: on from the frame that seemed to be in it.
+            walk.kept = 0;
+            walk.end = RUNNING;
+            walk.push(walk.pc, walk.sp.wrapping_sub(8), walk.fp, walk.matched_fp_at, walk.matched_cfa_at);
+            run(step, (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP), walk);
+        }
+    }
+    walk.tally.add(walk.found);
+    walk.left = walk.found;
+    let end = walk.end;
+    let complete = end == u64::from(stack_end::COMPLETE);
+    if !complete {
+        walk.kept = 0;
+    }
+    run(place, (FRAMES as u32).div_ceil(MOVED_A_STEP), walk);
+    walk.record.count = walk.kept as u32;
+    walk.record.end = end as u32;
+    let hash = if walk.kept == 0 { end } else { walk.hashes[(walk.kept - 1 & MASK) as usize] ^ end };
+    walk.kept_hash = hash;
+    walk.kept_flags = walk.flags;
+    walk.kept_generation = generation;
+    walk.kept_count = if complete && walk.flags & NOT_KEPT == 0 { walk.kept } else { 0 };
+    publish_if_new(walk, hash, op)
+}
+
+/// Sees to it that user space has the stack, and returns its hash.
+#[inline(always)]
+fn publish_if_new(walk: &mut Walk, hash: u64, op: u8) -> u64 {
+    if hash != walk.sent_hash && publish(walk, hash, op) {
+        walk.sent_hash = hash;
     }
     hash
 }
 
 /// Sends the stack unless user space has it. True once user space has it.
 #[inline(never)]
-fn publish(thread: &mut Thread, hash: u64, op: u8) -> bool {
+fn publish(walk: &mut Walk, hash: u64, op: u8) -> bool {
     let Some(set) = SEEN.get_ptr_mut((hash as u32) & (SEEN_SETS - 1)) else {
         return false;
     };
@@ -198,12 +527,11 @@ fn publish(thread: &mut Thread, hash: u64, op: u8) -> bool {
             return true;
         }
     }
-    let walk = &mut thread.walk;
-    walk.record.header = header(kind::STACK, op, 0, thread.tgid);
+    walk.record.header = header(kind::STACK, op, walk.flags as u16, walk.tgid as u32);
     walk.record.id = hash;
-    let frames = u64::from(walk.record.count) & (MAX_FRAMES as u64);
+    let frames = u64::from(walk.record.count) & MASK;
     let bytes = size_of::<StackHeader>() as u64 + frames * 8;
-    // SAFETY: record and frames are adjacent (both are multiples of eight bytes in a repr(C) structure) and hold at
+    // SAFETY: record and pcs are adjacent (both are multiples of eight bytes in a repr(C) structure) and hold at
     // least that many bytes.
     let sent = unsafe {
         aya_ebpf::helpers::generated::bpf_ringbuf_output(

@@ -30,17 +30,17 @@ impl std::fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Return addresses of a stack record, innermost first, still as bytes.
+/// Return addresses of a stack record, still as bytes, outermost first as the record has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frames<'a>(&'a [u8]);
 
 impl<'a> Frames<'a> {
     /// The addresses, innermost first.
     pub fn iter(self) -> impl ExactSizeIterator<Item = u64> + 'a {
-        self.0.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes))
+        self.0.as_chunks::<8>().0.iter().rev().map(|bytes| u64::from_ne_bytes(*bytes))
     }
 
-    /// From addresses in native byte order; a partial last address is cut off. For tests and replays.
+    /// From addresses in native byte order, outermost first; a partial last address is cut off. For tests and replays.
     pub fn from_bytes(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
@@ -55,6 +55,8 @@ pub enum StackEnd {
     NoFramePointer,
     NoTable,
     NoRow,
+    /// A signal interrupted code of which only the rows for calls are loaded.
+    Interrupted,
     /// A reason that this version does not know.
     Unknown,
 }
@@ -68,6 +70,7 @@ impl StackEnd {
             stack_end::NO_FRAME_POINTER => Self::NoFramePointer,
             stack_end::NO_TABLE => Self::NoTable,
             stack_end::NO_ROW => Self::NoRow,
+            stack_end::INTERRUPTED => Self::Interrupted,
             _ => Self::Unknown,
         }
     }
@@ -93,7 +96,7 @@ pub enum What<'a> {
     Free { addr: u64, time: u64 },
     ReallocBegin { tid: u32, addr: u64, time: u64 },
     ReallocEnd { tid: u32, addr: u64, size: u64, stack: StackId, time: u64 },
-    Stack { id: StackId, end: StackEnd, op: u8, frames: Frames<'a> },
+    Stack { id: StackId, end: StackEnd, op: u8, by_frame_pointers: bool, frames: Frames<'a> },
     Map { addr: u64, size: u64, stack: StackId, time: u64, file: bool, in_allocator: bool },
     Unmap { tid: u32, addr: u64, size: u64, time: u64 },
     UnmapFailed { tid: u32 },
@@ -148,7 +151,8 @@ pub fn decode(record: &[u8]) -> Result<Event<'_>, Error> {
             let end = StackEnd::from_abi(r.get_u32_ne());
             let bytes = usize::try_from(count).ok().filter(|&n| n <= MAX_FRAMES).map(|n| n * 8);
             let frames = bytes.and_then(|n| r.get(..n)).ok_or(Error::BadFrameCount(count))?;
-            What::Stack { id, end, op, frames: Frames(frames) }
+            let by_frame_pointers = flags & flag::FRAME_POINTERS != 0;
+            What::Stack { id, end, op, by_frame_pointers, frames: Frames(frames) }
         }
         kind::MAP | kind::BRK | kind::MAP_EXEC => {
             need(r, 32)?;
@@ -224,6 +228,6 @@ mod tests {
         else {
             panic!("a well-formed stack record is an event")
         };
-        assert_eq!(frames.iter().collect::<Vec<_>>(), [0x1234, 0x5678]);
+        assert_eq!(frames.iter().collect::<Vec<_>>(), [0x5678, 0x1234]);
     }
 }

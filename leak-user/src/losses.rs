@@ -20,7 +20,7 @@ pub struct MissedFree {
 }
 
 /// Names of the counters in the report, with their slots.
-pub const NAMES: [(&str, u32); 12] = [
+pub const NAMES: [(&str, u32); 14] = [
     ("allocations_ring_full", counter::RING_FULL_ALLOC),
     ("frees_ring_full", counter::RING_FULL_FREE),
     ("frees_lost", counter::FREE_LOST),
@@ -33,6 +33,8 @@ pub const NAMES: [(&str, u32); 12] = [
     ("returns_unpaired", counter::UNPAIRED_RETURN),
     ("sizes_overflowed", counter::OVERFLOWED),
     ("results_unreadable", counter::BAD_RESULT),
+    ("frames_unwound", counter::FRAMES_WALKED),
+    ("frames_reused", counter::FRAMES_REUSED),
 ];
 
 /// The kernel side's counters and its overflow map.

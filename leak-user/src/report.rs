@@ -226,6 +226,9 @@ pub struct Stack {
     pub complete: bool,
     /// How the stack ended, and why there if it is not complete.
     pub end: StackEnd,
+    /// Whether some frames were found by frame pointers although tables are in use: generated code, or code without
+    /// unwind information.
+    pub by_frame_pointers: bool,
     /// Innermost first.
     pub frames: Vec<Frame>,
 }
@@ -270,6 +273,8 @@ pub enum StackEnd {
     NoFramePointer,
     NoTable,
     NoRow,
+    /// A signal interrupted code of which only the unwind rows for calls were loaded then.
+    Interrupted,
     /// The kernel side told a reason that this version does not know.
     Unknown,
     /// The record with the addresses was lost.
@@ -286,6 +291,7 @@ impl From<crate::decode::StackEnd> for StackEnd {
             From::NoFramePointer => Self::NoFramePointer,
             From::NoTable => Self::NoTable,
             From::NoRow => Self::NoRow,
+            From::Interrupted => Self::Interrupted,
             From::Unknown => Self::Unknown,
         }
     }

@@ -13,6 +13,7 @@ use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 use crate::emit::{emit, emit_free, header, missed_free, output};
 use crate::maps::{count, is_target, now, size_is_followed};
 use crate::regs::{self, Frame};
+use crate::returns;
 use crate::stack;
 use crate::thread::{Ids, Thread, current, ids, new};
 
@@ -22,7 +23,7 @@ const WITH_RETURN: u32 = 0;
 const NO_RETURN: u32 = 1;
 
 /// The recorded call's function where its size is filtered out.
-const NOT_FOLLOWED: u32 = 0;
+const NOT_FOLLOWED: u64 = 0;
 
 #[inline(always)]
 fn frame(ctx: &ProbeContext) -> Frame {
@@ -59,18 +60,19 @@ fn product(a: u64, b: u64) -> Option<u64> {
 
 /// Records that an allocation began. `pointer`: realloc's block, or where `posix_memalign` will put the address.
 #[inline(always)]
-fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointer: u64) -> u32 {
+fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u8, size: u64, pointer: u64) -> u32 {
     let now = now();
-    let resizes = (op == u32::from(op::REALLOC) || op == u32::from(op::REALLOCARRAY)) && pointer != 0;
+    let resizes = (op == op::REALLOC || op == op::REALLOCARRAY) && pointer != 0;
     let mut tail_call = false;
     if thread.sp != 0 {
         if thread.is_nested(frame.sp, now) {
             count(counter::NESTED);
             return NO_RETURN;
         }
-        // The same sp in another function is a tail call (reallocarray jumps to realloc): the callee takes the caller's
-        // place. In the same function it is a new call, and the recorded one never returned.
-        if frame.sp == thread.sp && frame.pc != thread.pc {
+        // The same sp in another function is a tail call (reallocarray jumps to realloc), if the return probe of the caller
+        // still stands there: the callee takes the caller's place. Otherwise it is a new call, and the recorded one never
+        // returned.
+        if frame.sp == thread.sp && frame.pc != thread.pc && returns::to_trampoline(ids.tgid, frame.sp) {
             tail_call = true;
         } else {
             count(counter::ABANDONED);
@@ -92,7 +94,7 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
     }
     if resizes && !announced {
         let begin = ReallocBegin {
-            header: header(kind::REALLOC_BEGIN, op as u8, 0, ids.tgid),
+            header: header(kind::REALLOC_BEGIN, op, 0, ids.tgid),
             addr: pointer,
             time: now,
             tid: ids.tid,
@@ -105,13 +107,13 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u32, size: u64, pointe
     }
     thread.time = now;
     thread.pc = frame.pc;
-    thread.op = op;
+    thread.op = u64::from(op);
     thread.size = size;
     thread.pointer = pointer;
     // In a tail call the caller's return probe has replaced the return address by its trampoline, and the stack is the
     // one that was taken then.
     if !tail_call {
-        thread.stack = stack::take(thread, frame, true, op as u8);
+        thread.stack = stack::take(thread, frame, true, op);
         thread.caller = thread.walk.caller();
     }
     thread.sp = frame.sp;
@@ -218,7 +220,7 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids
         return NO_RETURN;
     };
     match arguments(ctx, shape) {
-        Some((size, pointer)) => enter(thread, ids, frame, u32::from(shape), size, pointer),
+        Some((size, pointer)) => enter(thread, ids, frame, shape, size, pointer),
         None => NO_RETURN,
     }
 }

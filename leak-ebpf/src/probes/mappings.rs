@@ -1,11 +1,14 @@
-//! mmap, munmap, mremap and brk, from the system call tracepoints. Raw ones: they need no tracefs, and they give the
-//! user's registers, from which the stack is taken. They run at every system call of the host, so whatever is not a
-//! mapping call of a traced process leaves after a comparison.
+//! mmap, munmap, mremap and brk.
+//!
+//! By their entry functions in the kernel (fentry, fexit), which only these calls pay for. Where there is no such
+//! attachment, by the raw tracepoints of all system calls: those make the kernel take the slow way into and out of
+//! *every* system call, and a return probe is one (`uretprobe`, x86-64 since 6.11): measured 220 ns for each allocation.
+//! Both give the user's registers, from which the stack is taken, and need no tracefs.
 
 use aya_ebpf::bindings::pt_regs;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
-use aya_ebpf::macros::raw_tracepoint;
-use aya_ebpf::programs::RawTracePointContext;
+use aya_ebpf::macros::{fentry, fexit, raw_tracepoint};
+use aya_ebpf::programs::{FEntryContext, FExitContext, RawTracePointContext};
 use leak_common::{Map, RemapEnd, Unmap, UnmapEnd, counter, flag, kind, op};
 
 use crate::emit::{emit, header};
@@ -13,6 +16,7 @@ use crate::maps::{is_target, now, raise_generation};
 use crate::regs::{self, nr};
 use crate::stack;
 use crate::thread::{current, current_or_new, ids};
+use crate::unwind;
 
 const PROT_EXEC: u32 = 4;
 const MAP_ANONYMOUS: u32 = 0x20;
@@ -20,19 +24,53 @@ const MAP_ANONYMOUS: u32 = 0x20;
 #[raw_tracepoint(tracepoint = "sys_enter")]
 fn sys_enter(ctx: RawTracePointContext) -> u32 {
     let number: u64 = ctx.arg(1);
-    if number != nr::MMAP && number != nr::MUNMAP && number != nr::MREMAP && number != nr::BRK {
-        return 0;
+    if number == nr::MMAP || number == nr::MUNMAP || number == nr::MREMAP || number == nr::BRK {
+        enter(number, ctx.arg(0));
     }
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sys_exit")]
+fn sys_exit(ctx: RawTracePointContext) -> u32 {
+    leave(ctx.arg(1));
+    0
+}
+
+/// The pair of programs at one system call's function, whose only argument is the user's registers.
+macro_rules! system_call {
+    ($enter:ident, $leave:ident, $number:expr) => {
+        #[fentry]
+        fn $enter(ctx: FEntryContext) -> u32 {
+            enter($number, ctx.arg(0));
+            0
+        }
+
+        #[fexit]
+        fn $leave(ctx: FExitContext) -> u32 {
+            leave(ctx.arg(1));
+            0
+        }
+    };
+}
+
+system_call!(enter_mmap, leave_mmap, nr::MMAP);
+system_call!(enter_munmap, leave_munmap, nr::MUNMAP);
+system_call!(enter_mremap, leave_mremap, nr::MREMAP);
+system_call!(enter_brk, leave_brk, nr::BRK);
+
+/// A mapping call of any process begins; `registers` is the address of the user's.
+#[inline(always)]
+fn enter(number: u64, registers: u64) {
     let ids = ids();
     if !is_target(ids.tgid) {
-        return 0;
+        return;
     }
     let Some(thread) = current_or_new(ids) else {
-        return 0;
+        return;
     };
-    // SAFETY: the tracepoint's first argument is the task's pt_regs.
-    let Ok(user) = (unsafe { bpf_probe_read_kernel(ctx.arg::<u64>(0) as *const pt_regs) }) else {
-        return 0;
+    // SAFETY: a bad address is an error result.
+    let Ok(user) = (unsafe { bpf_probe_read_kernel(registers as *const pt_regs) }) else {
+        return;
     };
     let now = now();
     let args = regs::syscall_args(&user);
@@ -65,22 +103,21 @@ fn sys_enter(ctx: RawTracePointContext) -> u32 {
     if number != nr::MUNMAP && !in_allocator {
         thread.call.stack = stack::take(thread, regs::frame(&user), false, op::MAPPING);
     }
-    0
 }
 
-#[raw_tracepoint(tracepoint = "sys_exit")]
-fn sys_exit(ctx: RawTracePointContext) -> u32 {
+/// A system call ends.
+#[inline(always)]
+fn leave(result: u64) {
     let ids = ids();
     let Some(thread) = current(ids) else {
-        return 0;
+        return;
     };
     let call = &mut thread.call;
     if call.number == 0 {
-        return 0;
+        return;
     }
     let number = call.number - 1;
     call.number = 0;
-    let result: u64 = ctx.arg(1);
     // The kernel returns errors as -4095 to -1 (IS_ERR_VALUE).
     let failed = result > u64::MAX - 4095;
     let now = now();
@@ -89,6 +126,7 @@ fn sys_exit(ctx: RawTracePointContext) -> u32 {
         nr::MMAP if !failed => {
             let file = call.flags & MAP_ANONYMOUS == 0;
             if file && call.prot & PROT_EXEC != 0 {
+                unwind::code_changed(ids.tgid, result, call.size);
                 raise_generation();
                 let map = map(kind::MAP_EXEC, flag::FILE, ids.tgid, result, call.size, 0, now);
                 emit(map, counter::RING_FULL_OTHER);
@@ -123,7 +161,6 @@ fn sys_exit(ctx: RawTracePointContext) -> u32 {
         }
         _ => {}
     }
-    0
 }
 
 #[inline(always)]

@@ -7,8 +7,9 @@ use aya_log_ebpf::debug;
 use leak_common::{Process, counter, kind};
 
 use crate::emit::{emit, header};
-use crate::maps::{CLOCK, THREADS, is_target, now, raise_generation};
-use crate::thread::ids;
+use crate::maps::{CLOCK, is_target, now, raise_generation};
+use crate::thread::{forget, ids};
+use crate::unwind;
 
 /// A new program: all that was known of the process's memory and code is void. The thread that called exec has by now
 /// the leader's id.
@@ -19,9 +20,9 @@ fn process_exec(ctx: RawTracePointContext) -> u32 {
         return 0;
     }
     let old: u64 = ctx.arg(1);
-    // They may be absent.
-    let _ = THREADS.remove(old as u32);
-    let _ = THREADS.remove(ids.tid);
+    forget(old as u32);
+    forget(ids.tid);
+    unwind::all_code_changed(ids.tgid);
     raise_generation();
     debug!(&ctx, "exec in process {}", ids.tgid);
     let process = Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
@@ -33,11 +34,11 @@ fn process_exec(ctx: RawTracePointContext) -> u32 {
 #[raw_tracepoint(tracepoint = "sched_process_exit")]
 fn process_exit(_ctx: RawTracePointContext) -> u32 {
     let ids = ids();
+    // Also of a process that is no longer traced: its thread's slot has to become free.
+    forget(ids.tid);
     if !is_target(ids.tgid) {
         return 0;
     }
-    // A thread that never allocated has no entry.
-    let _ = THREADS.remove(ids.tid);
     if ids.tid == ids.tgid {
         let process = Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
         emit(process, counter::RING_FULL_OTHER);

@@ -2,7 +2,10 @@
 //! bpf(2). What is detached how: everything hangs on file descriptors, so that nothing stays behind when the tracer
 //! dies, however it dies.
 
+mod btf;
+mod elements;
 mod floor;
+mod ranges;
 mod sys;
 
 use std::collections::HashMap;
@@ -16,16 +19,36 @@ use aya::programs::RawTracePoint;
 use aya::programs::raw_trace_point::RawTracePointLink;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
+use btf::Btf;
 pub use floor::Floor;
 use leak_common::op;
+use leak_common::unwind::Range;
 pub(crate) use sys::lookup_and_delete;
+use ranges::{Ranges, Rows};
+use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 
 /// The BPF object, built by this crate's build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/leaktrace.bpf.o"));
 
-/// The tracepoints that are attached to the whole system: mapping calls, and what happens to processes.
-const MAPPING_PROGRAMS: [(&str, &str); 2] = [("sys_enter", "sys_enter"), ("sys_exit", "sys_exit")];
+/// Programs at the kernel's functions for the mapping calls: entry, exit, name of the system call.
+const MAPPING_FUNCTIONS: [(&str, &str, &str); 4] = [
+    ("enter_mmap", "leave_mmap", "mmap"),
+    ("enter_munmap", "leave_munmap", "munmap"),
+    ("enter_mremap", "leave_mremap", "mremap"),
+    ("enter_brk", "leave_brk", "brk"),
+];
+
+/// The prefix of the kernel's functions for system calls (`arch/*/include/asm/syscall_wrapper.h`).
+#[cfg(target_arch = "x86_64")]
+const SYSCALL_PREFIX: &str = "__x64_sys_";
+#[cfg(target_arch = "aarch64")]
+const SYSCALL_PREFIX: &str = "__arm64_sys_";
+
+/// The same from the tracepoints of all system calls, where programs cannot be attached to functions.
+const MAPPING_TRACEPOINTS: [(&str, &str); 2] = [("sys_enter", "sys_enter"), ("sys_exit", "sys_exit")];
+
+/// What happens to processes.
 const PROCESS_PROGRAMS: [(&str, &str); 2] =
     [("process_exec", "sched_process_exec"), ("process_exit", "sched_process_exit")];
 
@@ -55,11 +78,17 @@ pub struct Settings {
     pub mappings: bool,
     /// Uses this kind of probe instead of the best one.
     pub kind: Option<UprobeKind>,
+    /// Whether stacks are unwound with tables; otherwise by frame pointers alone.
+    pub tables: bool,
+    /// Rows of unwind tables that there is room for; eight bytes each.
+    pub rows: u32,
+    /// Uses the tracepoints of all system calls for mapping calls even where the kernel has better.
+    pub tracepoints: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { min_size: 0, max_size: u64::MAX, ring_bytes: 16 << 20, mappings: true, kind: None }
+        Self { min_size: 0, max_size: u64::MAX, ring_bytes: 16 << 20, mappings: true, kind: None, tables: true, rows: 2 << 20, tracepoints: false }
     }
 }
 
@@ -112,9 +141,23 @@ pub struct Programs {
     ebpf: Ebpf,
     uprobes: HashMap<&'static str, OwnedFd>,
     kind: UprobeKind,
-    targets: BpfHashMap<MapData, u32, u32>,
+    targets: BpfHashMap<MapData, u32, [u32; 4]>,
+    rows: Rows,
+    ranges: Ranges,
     clock: ClockSync,
-    system_links: Vec<RawTracePointLink>,
+    tracepoint_links: Vec<RawTracePointLink>,
+    function_links: Vec<OwnedFd>,
+    mapping_hook: MappingHook,
+}
+
+/// How mapping calls are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappingHook {
+    /// At the kernel's functions for these calls.
+    Functions,
+    /// At the tracepoints of all system calls, which slows all of them down, return probes included.
+    Tracepoints,
+    NotAtAll,
 }
 
 /// Keeps `leak_common::Clock` current.
@@ -142,34 +185,90 @@ impl ClockSync {
 }
 
 impl Programs {
-    /// Loads everything; nothing is attached yet.
+    /// Loads everything; no allocator is attached to yet.
     pub fn load(settings: &Settings) -> Result<Self> {
         let kind = settings.kind.unwrap_or_else(|| LinkSupport::probe().best());
-        let mut ebpf = EbpfLoader::new()
+        let btf = kernel_types();
+        let offset = |of, member| btf.as_ref().and_then(|btf| btf.member(of, member)).unwrap_or(0);
+        let mut offsets = RETURN_PROBE_MEMBERS.map(|(of, member)| offset(of, member));
+        // The first tells whether all are known; the stack and the list may well stand at zero.
+        let known = btf.as_ref().is_some_and(|btf| RETURN_PROBE_MEMBERS.iter().all(|(of, m)| btf.member(of, m).is_some()));
+        if !known {
+            offsets[0] = 0;
+        }
+        let mut loader = EbpfLoader::new();
+        for (name, value) in RETURN_PROBE_SETTINGS.into_iter().zip(&offsets) {
+            loader.override_global(name, value, true);
+        }
+        let tables = u64::from(settings.tables);
+        let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
+            .override_global("USE_TABLES", &tables, true)
             .map_max_entries("EVENTS", settings.ring_bytes)
+            .map_max_entries("ROWS", if settings.tables { settings.rows.max(1) } else { 1 })
             .load(OBJECT)
             .context("failed to load the BPF maps")?;
-        let uprobes = load_uprobes(&ebpf, kind)?;
-        let mut system: Vec<(&str, &str)> = PROCESS_PROGRAMS.to_vec();
+        let objects = Objects::parse(&ebpf)?;
+        let uprobes = load_uprobes(&objects, kind)?;
+        let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
+        let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
+        let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
+        let clock = ClockSync::new(&mut ebpf)?;
+        let mut programs = Self {
+            ebpf,
+            uprobes,
+            kind,
+            targets,
+            rows,
+            ranges,
+            clock,
+            tracepoint_links: Vec::new(),
+            function_links: Vec::new(),
+            mapping_hook: MappingHook::NotAtAll,
+        };
+        programs.attach_tracepoints(&PROCESS_PROGRAMS)?;
         if settings.mappings {
-            system.extend(MAPPING_PROGRAMS);
+            programs.watch_mappings(&objects, btf.as_ref().filter(|_| !settings.tracepoints))?;
         }
-        let mut system_links = Vec::new();
-        for (name, tracepoint) in system {
-            let program: &mut RawTracePoint =
-                ebpf.program_mut(name).ok_or_else(|| anyhow!("the BPF object lacks the program {name}"))?.try_into()?;
+        programs.sync_clock();
+        Ok(programs)
+    }
+
+    /// Watches mapping calls by the best means that the kernel has.
+    fn watch_mappings(&mut self, objects: &Objects, btf: Option<&Btf>) -> Result<()> {
+        match btf.context("no type information").and_then(|btf| attach_functions(objects, btf)) {
+            Ok(links) => {
+                self.function_links = links;
+                self.mapping_hook = MappingHook::Functions;
+            }
+            Err(error) => {
+                log::info!("mapping calls are watched by the tracepoints of all system calls: {error:#}");
+                self.attach_tracepoints(&MAPPING_TRACEPOINTS)?;
+                self.mapping_hook = MappingHook::Tracepoints;
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_tracepoints(&mut self, programs: &[(&str, &str)]) -> Result<()> {
+        for (name, tracepoint) in programs {
+            let program: &mut RawTracePoint = self
+                .ebpf
+                .program_mut(name)
+                .ok_or_else(|| anyhow!("the BPF object lacks the program {name}"))?
+                .try_into()?;
             program.load().with_context(|| format!("failed to load the BPF program {name}"))?;
             let link = program.attach(tracepoint);
             let link = link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
-            system_links.push(program.take_link(link)?);
+            self.tracepoint_links.push(program.take_link(link)?);
         }
-        let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
-        let clock = ClockSync::new(&mut ebpf)?;
-        let mut programs = Self { ebpf, uprobes, kind, targets, clock, system_links };
-        programs.sync_clock();
-        Ok(programs)
+        Ok(())
+    }
+
+    /// How mapping calls are watched.
+    pub fn mapping_hook(&self) -> MappingHook {
+        self.mapping_hook
     }
 
     /// Brings the kernel side's jiffies into line with the clock again; they drift apart by what NTP corrects.
@@ -180,9 +279,10 @@ impl Programs {
         }
     }
 
-    /// Detaches from the system's tracepoints.
+    /// Detaches from the system's tracepoints and functions.
     pub fn detach_system(&mut self) {
-        self.system_links.clear();
+        self.tracepoint_links.clear();
+        close_all(std::mem::take(&mut self.function_links));
     }
 
     /// How uprobes are attached.
@@ -202,13 +302,32 @@ impl Programs {
 
     /// From now on this process is traced.
     pub fn add_target(&mut self, tgid: u32) -> Result<()> {
-        self.targets.insert(tgid, 0, 0).with_context(|| format!("failed to add pid {tgid} to the traced processes"))
+        // Its ranges may be there already.
+        if self.ranges.has(tgid) {
+            return Ok(());
+        }
+        self.set_target(tgid, &[])
     }
 
     /// This process is no longer traced.
     pub fn remove_target(&mut self, tgid: u32) {
         // It may have been removed before.
         let _ = self.targets.remove(&tgid);
+        self.ranges.release(tgid);
+    }
+
+    /// Writes rows of unwind tables, from the element `first` of the map on.
+    pub fn write_rows(&mut self, first: u32, rows: &[u64]) -> Result<()> {
+        self.rows.0.write(first, rows).context("failed to write unwind tables")
+    }
+
+    /// Tells where the code of a traced process is. The new ranges take effect all at once.
+    pub fn set_target(&mut self, tgid: u32, ranges: &[Range]) -> Result<()> {
+        let target = self.ranges.replace(tgid, ranges).with_context(|| format!("failed to tell the code of pid {tgid}"))?;
+        let value = [target.first_range, target.ranges, target.trampoline as u32, (target.trampoline >> 32) as u32];
+        self.targets
+            .insert(tgid, value, 0)
+            .with_context(|| format!("failed to add pid {tgid} to the traced processes"))
     }
 
     /// Puts probes into a file for one process.
@@ -280,10 +399,89 @@ fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name).ok_or_else(|| anyhow!("the BPF object lacks the map {name}"))
 }
 
-/// Loads the uprobe programs that this kind of probe needs. aya cannot: it knows no expected attach type for uprobes. So
-/// the object is parsed once more, with aya's maps in it.
-fn load_uprobes(ebpf: &Ebpf, kind: UprobeKind) -> Result<HashMap<&'static str, OwnedFd>> {
-    let names: &[&str] = match kind {
+/// Members of kernel structures through which the pending return probes of a task are found, and the settings of the BPF
+/// programs that take their offsets.
+const RETURN_PROBE_MEMBERS: [(&str, &str); 5] = [
+    ("task_struct", "utask"),
+    ("uprobe_task", "return_instances"),
+    ("return_instance", "stack"),
+    ("return_instance", "orig_ret_vaddr"),
+    ("return_instance", "next"),
+];
+const RETURN_PROBE_SETTINGS: [&str; 5] =
+    ["UTASK_OFFSET", "INSTANCES_OFFSET", "INSTANCE_STACK_OFFSET", "INSTANCE_RETURN_OFFSET", "INSTANCE_NEXT_OFFSET"];
+
+/// What the running kernel's type information says of what we need; without it, there are fallbacks.
+fn kernel_types() -> Option<Btf> {
+    let functions = MAPPING_FUNCTIONS.map(|(_, _, call)| format!("{SYSCALL_PREFIX}{call}"));
+    let functions: Vec<&str> = functions.iter().map(String::as_str).collect();
+    Btf::of_this_kernel(&functions, &RETURN_PROBE_MEMBERS).inspect_err(|error| log::info!("{error}")).ok()
+}
+
+/// Attaches to the kernel's functions for the mapping calls: to all of them or none.
+fn attach_functions(objects: &Objects, btf: &Btf) -> Result<Vec<OwnedFd>> {
+    let mut links = Vec::new();
+    for (enter, leave, call) in MAPPING_FUNCTIONS {
+        let function = format!("{SYSCALL_PREFIX}{call}");
+        let id = btf.function(&function).with_context(|| format!("the kernel has no function {function}"))?;
+        // The exit first: an entry without its exit would leave a call in flight.
+        for (name, hook) in [(leave, Hook::FunctionExit(id)), (enter, Hook::FunctionEntry(id))] {
+            let program = objects.load(name, hook)?;
+            links.push(sys::link_function(program.as_fd()).with_context(|| format!("failed to attach to {function}"))?);
+        }
+    }
+    Ok(links)
+}
+
+/// The BPF object, relocated against aya's maps, for the programs that aya cannot load: it knows no expected attach type for
+/// uprobes, and would parse all of the kernel's types for functions.
+struct Objects {
+    object: Object,
+    btf: Option<OwnedFd>,
+}
+
+impl Objects {
+    fn parse(ebpf: &Ebpf) -> Result<Self> {
+        let mut object = Object::parse(OBJECT).context("failed to parse the BPF object")?;
+        let btf = match aya::features().btf() {
+            Some(features) => {
+                object.fixup_and_sanitize_btf(features)?.map(|btf| sys::load_btf(&btf.to_bytes())).transpose()
+            }
+            None => Ok(None),
+        }
+        .context("failed to load the BPF type information")?;
+        let maps = object.maps.clone();
+        let sections = object.functions.keys().map(|(section, _)| *section).collect();
+        let placed: Vec<_> = maps
+            .iter()
+            .filter_map(|(name, map)| Some((name.as_str(), map_data(ebpf.map(name)?).fd().as_fd().as_raw_fd(), map)))
+            .collect();
+        object.relocate_maps(placed.into_iter(), &sections)?;
+        object.relocate_calls(&sections)?;
+        object.sanitize_functions(aya::features());
+        Ok(Self { object, btf })
+    }
+
+    fn load(&self, name: &str, hook: Hook) -> Result<OwnedFd> {
+        let object = &self.object;
+        let program = object.programs.get(name).ok_or_else(|| anyhow!("the BPF object lacks the program {name}"))?;
+        let function = &object.functions[&program.function_key()];
+        sys::load_program(&sys::Program {
+            name,
+            instructions: &function.instructions,
+            license: &program.license,
+            hook,
+            btf: self.btf.as_ref().map(OwnedFd::as_fd),
+            func_info: function.func_info.func_info_bytes(),
+            func_info_size: function.func_info_rec_size,
+        })
+        .with_context(|| format!("failed to load the BPF program {name}"))
+    }
+}
+
+/// Loads the uprobe programs that this kind of probe needs.
+fn load_uprobes(objects: &Objects, kind: UprobeKind) -> Result<HashMap<&'static str, OwnedFd>> {
+    let names: &[&'static str] = match kind {
         UprobeKind::Session => &["session"],
         UprobeKind::Multi => &["enter_any", "leave_any"],
         UprobeKind::Perf => &[
@@ -297,40 +495,7 @@ fn load_uprobes(ebpf: &Ebpf, kind: UprobeKind) -> Result<HashMap<&'static str, O
             "leave_any",
         ],
     };
-    let mut object = Object::parse(OBJECT).context("failed to parse the BPF object")?;
-    let btf = match aya::features().btf() {
-        Some(features) => {
-            object.fixup_and_sanitize_btf(features)?.map(|btf| sys::load_btf(&btf.to_bytes())).transpose()
-        }
-        None => Ok(None),
-    }
-    .context("failed to load the BPF type information")?;
-    let maps = object.maps.clone();
-    let sections = object.functions.keys().map(|(section, _)| *section).collect();
-    let placed: Vec<_> = maps
-        .iter()
-        .filter_map(|(name, map)| Some((name.as_str(), map_data(ebpf.map(name)?).fd().as_fd().as_raw_fd(), map)))
-        .collect();
-    object.relocate_maps(placed.into_iter(), &sections)?;
-    object.relocate_calls(&sections)?;
-    object.sanitize_functions(aya::features());
-    let mut programs = HashMap::new();
-    for &name in names {
-        let program = object.programs.get(name).ok_or_else(|| anyhow!("the BPF object lacks the program {name}"))?;
-        let function = &object.functions[&program.function_key()];
-        let loaded = sys::load_program(&sys::Program {
-            name,
-            instructions: &function.instructions,
-            license: &program.license,
-            kind,
-            btf: btf.as_ref().map(OwnedFd::as_fd),
-            func_info: function.func_info.func_info_bytes(),
-            func_info_size: function.func_info_rec_size,
-        })
-        .with_context(|| format!("failed to load the BPF program {name}"))?;
-        programs.insert(name, loaded);
-    }
-    Ok(programs)
+    names.iter().map(|&name| Ok((name, objects.load(name, Hook::Uprobe(kind))?))).collect()
 }
 
 fn map_data(map: &Map) -> &MapData {

@@ -1,5 +1,5 @@
 //! The bpf(2) and `perf_event_open(2)` calls that aya does not make: programs with an expected attach type for uprobes,
-//! multi-uprobe and session links, and perf events that stay open in their own descriptor.
+//! multi-uprobe and session links, perf events that stay open in their own descriptor, and programs at functions of the kernel.
 
 use std::ffi::{CString, c_long};
 use std::fs;
@@ -32,12 +32,39 @@ impl UprobeKind {
     }
 }
 
+/// What a program will be attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    Uprobe(UprobeKind),
+    /// The entry of the kernel's function with this id.
+    FunctionEntry(u32),
+    /// Its return.
+    FunctionExit(u32),
+}
+
+impl Hook {
+    fn program_type(self) -> bpf_prog_type {
+        match self {
+            Self::Uprobe(_) => bpf_prog_type::BPF_PROG_TYPE_KPROBE,
+            Self::FunctionEntry(_) | Self::FunctionExit(_) => bpf_prog_type::BPF_PROG_TYPE_TRACING,
+        }
+    }
+
+    fn attach_type(self) -> u32 {
+        match self {
+            Self::Uprobe(kind) => kind.attach_type(),
+            Self::FunctionEntry(_) => bpf_attach_type::BPF_TRACE_FENTRY as u32,
+            Self::FunctionExit(_) => bpf_attach_type::BPF_TRACE_FEXIT as u32,
+        }
+    }
+}
+
 /// A program as it comes out of the object file, relocated.
 pub struct Program<'a> {
     pub name: &'a str,
     pub instructions: &'a [bpf_insn],
     pub license: &'a CString,
-    pub kind: UprobeKind,
+    pub hook: Hook,
     /// Needed by programs that pass a callback to `bpf_loop`: the kernel checks the callback's type.
     pub btf: Option<BorrowedFd<'a>>,
     pub func_info: Vec<u8>,
@@ -62,14 +89,17 @@ fn fd(raw: c_long) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(raw as i32) }
 }
 
-/// Loads a uprobe program. The error carries the end of the verifier's log.
+/// Loads a program. The error carries the end of the verifier's log.
 pub fn load_program(program: &Program<'_>) -> io::Result<OwnedFd> {
     let attempt = |log: &mut [u8]| {
         let mut attr = zeroed();
         // SAFETY: this is the union's member for BPF_PROG_LOAD, and all of it is zero.
         let load = unsafe { &mut attr.__bindgen_anon_3 };
-        load.prog_type = bpf_prog_type::BPF_PROG_TYPE_KPROBE as u32;
-        load.expected_attach_type = program.kind.attach_type();
+        load.prog_type = program.hook.program_type() as u32;
+        load.expected_attach_type = program.hook.attach_type();
+        if let Hook::FunctionEntry(id) | Hook::FunctionExit(id) = program.hook {
+            load.attach_btf_id = id;
+        }
         load.insns = program.instructions.as_ptr() as u64;
         load.insn_cnt = program.instructions.len() as u32;
         load.license = program.license.as_ptr() as u64;
@@ -121,7 +151,7 @@ pub fn load_answer(name: &str, kind: UprobeKind, answer: i32) -> io::Result<Owne
         name,
         instructions: &instructions,
         license: &license,
-        kind,
+        hook: Hook::Uprobe(kind),
         btf: None,
         func_info: Vec::new(),
         func_info_size: 0,
@@ -136,6 +166,26 @@ pub fn load_btf(btf: &[u8]) -> io::Result<OwnedFd> {
     load.btf = btf.as_ptr() as u64;
     load.btf_size = btf.len() as u32;
     bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr).map(fd)
+}
+
+/// Writes elements of a map; `values` points to as many values of the map's type as there are keys.
+pub fn update_batch(map: BorrowedFd<'_>, keys: &[u32], values: *const u8) -> io::Result<()> {
+    let mut attr = zeroed();
+    // SAFETY: plain integers.
+    let batch = unsafe { &mut attr.batch };
+    batch.keys = keys.as_ptr() as u64;
+    batch.values = values as u64;
+    batch.count = keys.len() as u32;
+    batch.map_fd = map.as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
+/// Attaches a program of kind [`Hook::FunctionEntry`] or [`Hook::FunctionExit`] to the function that it was loaded for.
+pub fn link_function(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    // A name of zero: the program itself knows where.
+    attr.raw_tracepoint.prog_fd = program.as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr).map(fd)
 }
 
 /// One link over many places of a file, for one process (0: every process).

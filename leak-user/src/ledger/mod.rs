@@ -31,7 +31,7 @@ use heap::Resized;
 use history::Window;
 pub use process::ProcessLedger;
 use ranges::Remapped;
-use stacks::{Cap, Class, DISTRUSTED, Room, Stacks};
+use stacks::{Cap, Class, DISTRUSTED, Room, SentStack, Stacks};
 pub use stacks::{Resource, Stack, Total};
 
 use crate::decode::{Event, StackId, What, decode};
@@ -299,8 +299,8 @@ impl Ledger {
             What::ReallocEnd { tid, addr, size, stack, .. } => {
                 heap.realloc_end(cx, stacks, tid, Resized { addr, size, stack });
             }
-            What::Stack { id, end, op, frames } => {
-                let kept = stacks.sent(id, op, end, frames, cx.room);
+            What::Stack { id, end, op, by_frame_pointers, frames } => {
+                let kept = stacks.sent(id, SentStack { op, end, by_frame_pointers, frames }, cx.room);
                 cx.counters.stacks_capped += u64::from(!kept);
             }
             What::Map { addr, size, in_allocator: true, .. } => ranges.map_foreign(cx, stacks, addr, size),

@@ -48,6 +48,8 @@ pub struct Stack<'a> {
     pub frames: &'a [u64],
     /// How the frames end; [`StackEnd::Unknown`] as long as the stack's record is missing.
     pub end: StackEnd,
+    /// Whether some frames were found by frame pointers for want of a table.
+    pub by_frame_pointers: bool,
     pub history: &'a History,
 }
 
@@ -74,6 +76,7 @@ struct Record {
 struct Sent {
     op: u8,
     end: StackEnd,
+    by_frame_pointers: bool,
     frames: Box<[u64]>,
 }
 
@@ -83,6 +86,15 @@ impl Sent {
         (self.op, self.end.is_complete(), &self.frames).hash(&mut hasher);
         hasher.finish()
     }
+}
+
+/// A stack as its record has it.
+#[derive(Clone, Copy)]
+pub(super) struct SentStack<'a> {
+    pub op: u8,
+    pub end: StackEnd,
+    pub by_frame_pointers: bool,
+    pub frames: Frames<'a>,
 }
 
 #[derive(Clone)]
@@ -182,14 +194,15 @@ impl Stacks {
     }
 
     /// The kernel side sent a stack. False where there is no room for it.
-    pub fn sent(&mut self, id: StackId, op: u8, end: StackEnd, frames: Frames<'_>, room: &mut Room) -> bool {
+    pub fn sent(&mut self, id: StackId, stack: SentStack<'_>, room: &mut Room) -> bool {
         if let Some(record) = self.ids.get(&id)
             && self.records[*record as usize].sent.is_some()
         {
             // Sent again, as it is when its hash was displaced from the kernel side's table.
             return true;
         }
-        let sent = Sent { op, end, frames: frames.iter().collect() };
+        let SentStack { op, end, by_frame_pointers, frames } = stack;
+        let sent = Sent { op, end, by_frame_pointers, frames: frames.iter().collect() };
         if let Some(record) = self.ids.get(&id).copied() {
             self.missing -= 1;
             self.by_frames.entry(sent.digest()).or_insert(record);
@@ -271,6 +284,7 @@ impl Stacks {
                 op: sent.map_or(0, |sent| sent.op),
                 frames: sent.map_or(&[], |sent| &sent.frames),
                 end: sent.map_or(StackEnd::Unknown, |sent| sent.end),
+                by_frame_pointers: sent.is_some_and(|sent| sent.by_frame_pointers),
                 history: &counted.history,
             }
         })

@@ -70,9 +70,9 @@ impl Case {
     }
 
     fn stack_record(&mut self, id: u64, frames: &[u64]) {
-        let bytes: Vec<u8> = frames.iter().flat_map(|frame| frame.to_ne_bytes()).collect();
+        let bytes: Vec<u8> = frames.iter().rev().flat_map(|frame| frame.to_ne_bytes()).collect();
         let frames = Frames::from_bytes(&bytes);
-        self.apply(What::Stack { id, end: StackEnd::Complete, op: 1, frames });
+        self.apply(What::Stack { id, end: StackEnd::Complete, op: 1, by_frame_pointers: false, frames });
     }
 
     /// Bytes and count of a stack of a process, all resources together.

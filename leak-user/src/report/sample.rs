@@ -59,6 +59,7 @@ fn stack(id: &str, verdict: StackVerdict, series: impl Iterator<Item = u64>, mut
         series,
         complete: true,
         end: StackEnd::Complete,
+        by_frame_pointers: false,
         frames,
     }
 }

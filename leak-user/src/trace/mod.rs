@@ -133,6 +133,7 @@ impl<'a> Run<'a> {
             min_size: config.min_size,
             max_size: config.max_size,
             mappings: config.resources.mmap,
+            tables: false,
             ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;

@@ -16,10 +16,12 @@ use crate::report;
 use crate::symbols::Symbols;
 
 /// Counters of what is no loss: calls that were rightly left out, and frees that were kept aside and are therefore known.
-const NO_LOSS: [&str; 10] = [
+const NO_LOSS: [&str; 12] = [
     "allocations_failed",
     "calls_abandoned",
     "calls_nested",
+    "frames_reused",
+    "frames_unwound",
     "frees_kept_aside_applied",
     "frees_kept_aside_stale",
     "frees_of_older_blocks",
@@ -36,6 +38,7 @@ struct Judged {
     op: u8,
     frames: Vec<u64>,
     end: decode::StackEnd,
+    by_frame_pointers: bool,
     judgement: Judgement,
     live_bytes: u64,
     live_count: u64,
@@ -246,6 +249,7 @@ impl Judged {
             op: stack.op,
             frames: stack.frames.to_vec(),
             end: stack.end,
+            by_frame_pointers: stack.by_frame_pointers,
             judgement: *judgement,
             live_bytes: history.live_bytes(),
             live_count: history.live_count(),
@@ -288,6 +292,7 @@ impl Judged {
             }),
             series: self.series,
             complete: self.end.is_complete(),
+            by_frame_pointers: self.by_frame_pointers,
             end: if self.frames.is_empty() { report::StackEnd::Lost } else { self.end.into() },
             frames: symbols.frames(target.id(), &self.frames),
         }
