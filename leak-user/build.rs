@@ -114,10 +114,10 @@ fn rustflags(arch: &str, linker: &Path) -> Vec<String> {
         "-Clink-arg=--btf".to_owned(),
         format!("-Clinker={}", linker.display()),
     ];
-    // Without it the instruction set is the one that every kernel takes.
-    if let Ok(cpu) = env::var("LEAKTRACE_BPF_CPU") {
-        flags.push(format!("-Ctarget-cpu={cpu}"));
-    }
+    // v3 has the atomic operations with a result (5.12; the loader takes them out where they are not used) and 32-bit
+    // jumps and arithmetic (5.1).
+    let cpu = env::var("LEAKTRACE_BPF_CPU").unwrap_or_else(|_| "v3".to_owned());
+    flags.push(format!("-Ctarget-cpu={cpu}"));
     flags
 }
 

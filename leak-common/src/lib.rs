@@ -5,6 +5,7 @@
 //! structure. User space never casts bytes to these types: it reads fields with a bounded reader (`leak_user::decode`).
 #![no_std]
 
+pub mod ring;
 pub mod unwind;
 
 /// Changes whenever a record, a map value or the meaning of a field changes. A recorded stream carries it.

@@ -1,26 +1,125 @@
-//! Records into the ring buffer. User space looks at the ring by the clock, so no record wakes it: a wake-up costs more
-//! than the record.
+//! Records into the ring. User space looks at the ring by the clock, so no record wakes it: a wake-up costs more than the
+//! record.
+//!
+//! The ring is our own ([`leak_common::ring`]); where the kernel lacks the atomic addition that it rests on, records go
+//! through `BPF_MAP_TYPE_RINGBUF`.
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
-use aya_ebpf::helpers::generated::bpf_ringbuf_output;
+use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_ringbuf_output};
+use leak_common::ring::{COMMITTED, MARGIN, MAX_RECORD, RING_SIZE};
 use leak_common::{Free, Header, MissedFree, counter};
 
-use crate::maps::{EVENTS, MISSED, count};
+use crate::maps::{EVENTS, MISSED, POSITIONS, RING, count, own_ring};
 
-/// Copies a record into the ring; false where it is full. One call where reserve and submit are two: calls are what a
-/// program's time goes into.
+/// Adds to a word that all CPUs share and gives what it was before: BPF's own instruction, which core does not offer for
+/// this target. It orders all memory accesses.
+#[inline(always)]
+unsafe fn fetch_add(cell: *mut u64, by: u64) -> u64 {
+    let mut value = by;
+    // SAFETY: the caller's pointer is into a map value.
+    unsafe {
+        core::arch::asm!("{value} = atomic_fetch_add((u64 *)({cell} + 0), {value})", cell = in(reg) cell, value = inout(reg) value);
+    }
+    value
+}
+
+/// Takes a place of `size` bytes, header included, in the ring: the address of its header. `None` where it is full.
+#[inline(always)]
+fn reserve(size: u64) -> Option<*mut u8> {
+    let positions = POSITIONS.get_ptr_mut(0)?;
+    let ring = RING.get_ptr_mut(0)?.cast::<u8>();
+    // SAFETY: a valid map value, whose words are aligned. All sides reach `producer` by atomic operations; `consumer` is one
+    // word that user space writes.
+    let position = unsafe {
+        let producer = &raw mut (*positions).producer;
+        let consumer = core::ptr::read_volatile(&raw const (*positions).consumer);
+        if core::ptr::read_volatile(producer).wrapping_sub(consumer) > RING_SIZE - MARGIN {
+            return None;
+        }
+        fetch_add(producer, size)
+    };
+    let mut at = position;
+    // SAFETY: arithmetic on a register. In assembler, because LLVM would make the mask one of its own choice, which the
+    // verifier could not follow.
+    unsafe {
+        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = const RING_SIZE as i64 - 1);
+    }
+    // SAFETY: the ring is longer than RING_SIZE by the longest record.
+    Some(unsafe { ring.add(at as usize) })
+}
+
+/// Makes a record of `length` bytes behind `header` visible to user space.
+///
+/// # Safety
+/// `header` must be what [`reserve`] gave.
+#[inline(always)]
+unsafe fn commit(header: *mut u8, length: u64) {
+    let header = header.cast::<u64>();
+    // SAFETY: the caller's promise. x86 keeps the order of stores; elsewhere the exchange does.
+    unsafe {
+        #[cfg(bpf_target_arch = "x86_64")]
+        core::ptr::write_volatile(header, length | COMMITTED);
+        #[cfg(not(bpf_target_arch = "x86_64"))]
+        {
+            let mut value = length | COMMITTED;
+            core::arch::asm!("{value} = xchg_64({header} + 0, {value})", header = in(reg) header, value = inout(reg) value);
+            let _ = value;
+        }
+    }
+}
+
+/// Copies a record into the ring; false where it is full.
 #[inline(always)]
 pub fn output<T>(record: &T) -> bool {
-    // SAFETY: the record is initialised to its last byte (no implicit padding, see leak_common) and lies on the stack.
+    const { assert!(size_of::<T>().is_multiple_of(8) && size_of::<T>() + 8 <= MAX_RECORD) };
+    let length = size_of::<T>() as u64;
+    if own_ring() {
+        let Some(place) = reserve(length + 8) else {
+            return false;
+        };
+        let from = core::ptr::from_ref(record).cast::<u64>();
+        for word in 0..size_of::<T>() / 8 {
+            // SAFETY: the record has that many words, all initialised (no implicit padding, see leak_common), and the place
+            // is as long. Volatile, so that it is not put off until after the header.
+            unsafe { core::ptr::write_volatile(place.add(8 + word * 8).cast::<u64>(), *from.add(word)) };
+        }
+        // SAFETY: it was just reserved.
+        unsafe { commit(place, length) };
+        return true;
+    }
+    // SAFETY: the record is initialised to its last byte and lies on the stack.
+    unsafe { to_kernel_ring(core::ptr::from_ref(record).cast_mut().cast::<c_void>(), length) }
+}
+
+/// Copies `length` bytes (at most [`MAX_RECORD`] less eight, a multiple of eight) from a map value into the ring; false where it
+/// is full.
+///
+/// # Safety
+/// `record` must point to so many initialised bytes.
+#[inline(always)]
+pub unsafe fn output_bytes(record: *mut c_void, length: u64) -> bool {
+    if own_ring() {
+        let Some(place) = reserve(length + 8) else {
+            return false;
+        };
+        // SAFETY: the place holds that many bytes. Reading kernel memory that is there cannot fail.
+        unsafe {
+            bpf_probe_read_kernel(place.add(8).cast::<c_void>(), length as u32, record);
+            commit(place, length);
+        }
+        return true;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { to_kernel_ring(record, length) }
+}
+
+#[inline(always)]
+unsafe fn to_kernel_ring(record: *mut c_void, length: u64) -> bool {
+    // SAFETY: the callers' promise.
     let result = unsafe {
-        bpf_ringbuf_output(
-            (&raw const EVENTS).cast_mut().cast::<c_void>(),
-            core::ptr::from_ref(record).cast_mut().cast::<c_void>(),
-            size_of::<T>() as u64,
-            u64::from(BPF_RB_NO_WAKEUP),
-        )
+        bpf_ringbuf_output((&raw const EVENTS).cast_mut().cast::<c_void>(), record, length, u64::from(BPF_RB_NO_WAKEUP))
     };
     result == 0
 }

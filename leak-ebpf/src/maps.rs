@@ -1,17 +1,27 @@
 //! The maps and read-only settings. Sizes given here are defaults; the loader overrides those that depend on the host.
 
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
 use leak_common::unwind::{Range, Target};
+use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
 use leak_common::{Clock, MissedFree, counter};
 
 use crate::thread::Thread;
 
-/// All records, of all processes. One ring: reserve order is then the order of events, also between threads and CPUs.
+/// The records of all processes, where the kernel has no atomic addition that returns the old value (before 5.12): see
+/// [`crate::emit`].
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
+
+/// The records of all processes. One ring: the order of places is then the order of events, also between threads and CPUs.
+#[map]
+pub static RING: Array<[u8; RING_SIZE as usize + MAX_RECORD]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// How far the ring is written and read.
+#[map]
+pub static POSITIONS: Array<Positions> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Processes (thread groups) to trace, and where the ranges of their code are.
 #[map]
@@ -88,6 +98,9 @@ static MIN_SIZE: u64 = 0;
 /// Allocations above this many bytes are not followed.
 #[unsafe(no_mangle)]
 static MAX_SIZE: u64 = u64::MAX;
+/// Whether records go to [`RING`]; otherwise to [`EVENTS`].
+#[unsafe(no_mangle)]
+static OWN_RING: u64 = 1;
 /// Whether stacks are unwound with tables; otherwise by frame pointers alone.
 #[unsafe(no_mangle)]
 static USE_TABLES: u64 = 1;
@@ -130,6 +143,12 @@ pub fn return_offsets() -> ReturnOffsets {
 #[inline(always)]
 pub fn size_is_followed(size: u64) -> bool {
     size >= setting!(MIN_SIZE) && size <= setting!(MAX_SIZE)
+}
+
+/// Whether records go to [`RING`].
+#[inline(always)]
+pub fn own_ring() -> bool {
+    setting!(OWN_RING) != 0
 }
 
 /// Whether stacks are unwound with tables.

@@ -30,6 +30,16 @@ mod arch {
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8]
     }
 
+    /// The number of the system call that these registers were saved for.
+    ///
+    /// # Safety
+    /// The verifier must know the pointer as one to `pt_regs`.
+    #[inline(always)]
+    pub unsafe fn syscall_number(regs: *const pt_regs) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe { core::ptr::read_volatile(&raw const (*regs).orig_rax) }
+    }
+
     pub mod nr {
         pub const MMAP: u64 = 9;
         pub const MUNMAP: u64 = 11;

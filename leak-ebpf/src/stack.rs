@@ -16,13 +16,12 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::{bpf_loop, bpf_probe_read_user};
 use leak_common::unwind::{Rule, cfa, fp, none};
 use leak_common::{MAX_FRAMES, StackHeader, counter, flag, kind, stack_end};
 
-use crate::emit::header;
-use crate::maps::{EVENTS, SEEN, SEEN_SETS, SEEN_WAYS, count, count_many, generation, use_tables};
+use crate::emit::{header, output_bytes};
+use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, count, count_many, generation, use_tables};
 use crate::regs::Frame;
 use crate::returns;
 use crate::thread::Thread;
@@ -533,15 +532,8 @@ fn publish(walk: &mut Walk, hash: u64, op: u8) -> bool {
     let bytes = size_of::<StackHeader>() as u64 + frames * 8;
     // SAFETY: record and pcs are adjacent (both are multiples of eight bytes in a repr(C) structure) and hold at
     // least that many bytes.
-    let sent = unsafe {
-        aya_ebpf::helpers::generated::bpf_ringbuf_output(
-            (&raw const EVENTS).cast_mut().cast::<c_void>(),
-            (&raw mut walk.record).cast::<c_void>(),
-            bytes,
-            u64::from(BPF_RB_NO_WAKEUP),
-        )
-    };
-    if sent != 0 {
+    let sent = unsafe { output_bytes((&raw mut walk.record).cast::<c_void>(), bytes) };
+    if !sent {
         count(counter::RING_FULL_STACK);
         return false;
     }

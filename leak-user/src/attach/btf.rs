@@ -1,4 +1,4 @@
-//! The few things that leaktrace asks of the running kernel's type information: ids of functions, offsets of members.
+//! The few things that leaktrace asks of the running kernel's type information: ids of functions and types, offsets of members.
 //!
 //! One pass over `/sys/kernel/btf/vmlinux` that looks for the wanted names only, a few milliseconds at each start. The libraries
 //! build all of its hundred thousand types first (over 100 ms measured), aya-obj's keeps members to itself.
@@ -14,25 +14,27 @@ const PATH: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
 
 const KIND_STRUCT: u32 = 4;
+const KIND_TYPEDEF: u32 = 8;
 const KIND_FUNC: u32 = 12;
 
 /// What was found; a name that the kernel does not have is absent.
 #[derive(Debug, Default)]
 pub struct Btf {
-    functions: HashMap<String, u32>,
+    /// Functions and type names, which share no names that are asked for.
+    ids: HashMap<String, u32>,
     members: HashMap<(String, String), u64>,
 }
 
 impl Btf {
-    /// Looks for these functions, and these members as (structure, member).
-    pub fn of_this_kernel(functions: &[&str], members: &[(&str, &str)]) -> io::Result<Self> {
+    /// Looks for these functions and type names, and these members as (structure, member).
+    pub fn of_this_kernel(names: &[&str], members: &[(&str, &str)]) -> io::Result<Self> {
         let data = fs::read(PATH).map_err(|e| io::Error::new(e.kind(), format!("failed to read {PATH}: {e}")))?;
-        Self::find(&data, functions, members)
+        Self::find(&data, names, members)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{PATH} is not in the known format")))
     }
 
     /// `None` where the data ends early or is of another format.
-    fn find(data: &[u8], functions: &[&str], members: &[(&str, &str)]) -> Option<Self> {
+    fn find(data: &[u8], names: &[&str], members: &[(&str, &str)]) -> Option<Self> {
         let mut header = data.get(..24)?;
         if header.get_u16_ne() != MAGIC {
             return None;
@@ -69,10 +71,10 @@ impl Btf {
                 },
             )?;
             match kind {
-                KIND_FUNC => {
+                KIND_FUNC | KIND_TYPEDEF => {
                     let name = name(name_offset)?;
-                    if functions.contains(&name) {
-                        found.functions.entry(name.to_owned()).or_insert(id);
+                    if names.contains(&name) {
+                        found.ids.entry(name.to_owned()).or_insert(id);
                     }
                 }
                 KIND_STRUCT => {
@@ -97,9 +99,9 @@ impl Btf {
         Some(found)
     }
 
-    /// The id of a function.
-    pub fn function(&self, name: &str) -> Option<u32> {
-        self.functions.get(name).copied()
+    /// The id of a function or a type name.
+    pub fn id(&self, name: &str) -> Option<u32> {
+        self.ids.get(name).copied()
     }
 
     /// Offset of a structure's member, bytes.
@@ -127,8 +129,8 @@ mod tests {
         }
         let members = [("list_head", "next"), ("list_head", "prev"), ("list_head", "middle")];
         let btf = Btf::of_this_kernel(&["vfs_read", "no_such_function"], &members).expect("the kernel's own data");
-        assert!(btf.function("vfs_read").is_some());
-        assert_eq!(btf.function("no_such_function"), None);
+        assert!(btf.id("vfs_read").is_some());
+        assert_eq!(btf.id("no_such_function"), None);
         assert_eq!((btf.member("list_head", "next"), btf.member("list_head", "prev")), (Some(0), Some(8)));
         assert_eq!(btf.member("list_head", "middle"), None);
     }

@@ -28,6 +28,8 @@ use ranges::{Ranges, Rows};
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 
+use crate::ring::page_size;
+
 /// The BPF object, built by this crate's build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/leaktrace.bpf.o"));
 
@@ -45,8 +47,13 @@ const SYSCALL_PREFIX: &str = "__x64_sys_";
 #[cfg(target_arch = "aarch64")]
 const SYSCALL_PREFIX: &str = "__arm64_sys_";
 
-/// The same from the tracepoints of all system calls, where programs cannot be attached to functions.
+/// The same from the tracepoints of all system calls, where programs cannot be attached to functions: with typed arguments
+/// (where the number of the system call can be read from them), and the last resort.
+const TYPED_TRACEPOINTS: [(&str, &str); 2] = [("typed_sys_exit", "sys_exit"), ("typed_sys_enter", "sys_enter")];
 const MAPPING_TRACEPOINTS: [(&str, &str); 2] = [("sys_enter", "sys_enter"), ("sys_exit", "sys_exit")];
+
+/// Bytes of the kernel's ring buffer, where it is used.
+const KERNEL_RING: u32 = 16 << 20;
 
 /// What happens to processes.
 const PROCESS_PROGRAMS: [(&str, &str); 2] =
@@ -72,8 +79,8 @@ pub struct Settings {
     pub min_size: u64,
     /// Allocations above this many bytes are not followed.
     pub max_size: u64,
-    /// Size of the ring buffer; a power of two and a multiple of the page size.
-    pub ring_bytes: u32,
+    /// Uses the kernel's ring buffer even where our own works.
+    pub kernel_ring: bool,
     /// Whether mapping system calls are followed.
     pub mappings: bool,
     /// Uses this kind of probe instead of the best one.
@@ -82,13 +89,13 @@ pub struct Settings {
     pub tables: bool,
     /// Rows of unwind tables that there is room for; eight bytes each.
     pub rows: u32,
-    /// Uses the tracepoints of all system calls for mapping calls even where the kernel has better.
-    pub tracepoints: bool,
+    /// Watches mapping calls by this means instead of the best one.
+    pub mapping_hook: Option<MappingHook>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { min_size: 0, max_size: u64::MAX, ring_bytes: 16 << 20, mappings: true, kind: None, tables: true, rows: 2 << 20, tracepoints: false }
+        Self { min_size: 0, max_size: u64::MAX, kernel_ring: false, mappings: true, kind: None, tables: true, rows: 2 << 20, mapping_hook: None }
     }
 }
 
@@ -146,8 +153,9 @@ pub struct Programs {
     ranges: Ranges,
     clock: ClockSync,
     tracepoint_links: Vec<RawTracePointLink>,
-    function_links: Vec<OwnedFd>,
+    tracing_links: Vec<OwnedFd>,
     mapping_hook: MappingHook,
+    own_ring: bool,
 }
 
 /// How mapping calls are watched.
@@ -156,8 +164,21 @@ pub enum MappingHook {
     /// At the kernel's functions for these calls.
     Functions,
     /// At the tracepoints of all system calls, which slows all of them down, return probes included.
+    TypedTracepoints,
+    /// The same, with programs that know less at once and so cost more.
     Tracepoints,
     NotAtAll,
+}
+
+impl MappingHook {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Functions => "the kernel's functions (fentry)",
+            Self::TypedTracepoints => "typed tracepoints of all system calls (tp_btf)",
+            Self::Tracepoints => "raw tracepoints of all system calls",
+            Self::NotAtAll => "nothing",
+        }
+    }
 }
 
 /// Keeps `leak_common::Clock` current.
@@ -201,15 +222,18 @@ impl Programs {
             loader.override_global(name, value, true);
         }
         let tables = u64::from(settings.tables);
+        let own_ring = sys::has_fetch_add() && !settings.kernel_ring;
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
             .override_global("USE_TABLES", &tables, true)
-            .map_max_entries("EVENTS", settings.ring_bytes)
+            .override_global("OWN_RING", &u64::from(own_ring), true)
+            // The one that is not used takes as little as there can be.
+            .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
             .map_max_entries("ROWS", if settings.tables { settings.rows.max(1) } else { 1 })
             .load(OBJECT)
             .context("failed to load the BPF maps")?;
-        let objects = Objects::parse(&ebpf)?;
+        let objects = Objects::parse(&ebpf, own_ring)?;
         let uprobes = load_uprobes(&objects, kind)?;
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
@@ -224,31 +248,38 @@ impl Programs {
             ranges,
             clock,
             tracepoint_links: Vec::new(),
-            function_links: Vec::new(),
+            tracing_links: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
+            own_ring,
         };
         programs.attach_tracepoints(&PROCESS_PROGRAMS)?;
         if settings.mappings {
-            programs.watch_mappings(&objects, btf.as_ref().filter(|_| !settings.tracepoints))?;
+            programs.watch_mappings(&objects, btf.as_ref(), settings.mapping_hook)?;
         }
         programs.sync_clock();
         Ok(programs)
     }
 
-    /// Watches mapping calls by the best means that the kernel has.
-    fn watch_mappings(&mut self, objects: &Objects, btf: Option<&Btf>) -> Result<()> {
-        match btf.context("no type information").and_then(|btf| attach_functions(objects, btf)) {
-            Ok(links) => {
-                self.function_links = links;
-                self.mapping_hook = MappingHook::Functions;
+    /// Watches mapping calls by the best means that the kernel has, or by the given one.
+    fn watch_mappings(&mut self, objects: &Objects, btf: Option<&Btf>, only: Option<MappingHook>) -> Result<()> {
+        for (hook, attach) in [
+            (MappingHook::Functions, attach_functions as fn(&Objects, &Btf) -> Result<Vec<OwnedFd>>),
+            (MappingHook::TypedTracepoints, attach_typed_tracepoints),
+        ] {
+            if only.is_some_and(|only| only != hook) {
+                continue;
             }
-            Err(error) => {
-                log::info!("mapping calls are watched by the tracepoints of all system calls: {error:#}");
-                self.attach_tracepoints(&MAPPING_TRACEPOINTS)?;
-                self.mapping_hook = MappingHook::Tracepoints;
+            match btf.context("the kernel has no type information").and_then(|btf| attach(objects, btf)) {
+                Ok(links) => {
+                    self.tracing_links = links;
+                    self.mapping_hook = hook;
+                    return Ok(());
+                }
+                Err(error) => log::info!("mapping calls cannot be watched by {}: {error:#}", hook.name()),
             }
         }
-        Ok(())
+        self.mapping_hook = MappingHook::Tracepoints;
+        self.attach_tracepoints(&MAPPING_TRACEPOINTS)
     }
 
     fn attach_tracepoints(&mut self, programs: &[(&str, &str)]) -> Result<()> {
@@ -264,6 +295,11 @@ impl Programs {
             self.tracepoint_links.push(program.take_link(link)?);
         }
         Ok(())
+    }
+
+    /// Whether records come through our own ring.
+    pub fn has_own_ring(&self) -> bool {
+        self.own_ring
     }
 
     /// How mapping calls are watched.
@@ -282,7 +318,7 @@ impl Programs {
     /// Detaches from the system's tracepoints and functions.
     pub fn detach_system(&mut self) {
         self.tracepoint_links.clear();
-        close_all(std::mem::take(&mut self.function_links));
+        close_all(std::mem::take(&mut self.tracing_links));
     }
 
     /// How uprobes are attached.
@@ -414,8 +450,9 @@ const RETURN_PROBE_SETTINGS: [&str; 5] =
 /// What the running kernel's type information says of what we need; without it, there are fallbacks.
 fn kernel_types() -> Option<Btf> {
     let functions = MAPPING_FUNCTIONS.map(|(_, _, call)| format!("{SYSCALL_PREFIX}{call}"));
-    let functions: Vec<&str> = functions.iter().map(String::as_str).collect();
-    Btf::of_this_kernel(&functions, &RETURN_PROBE_MEMBERS).inspect_err(|error| log::info!("{error}")).ok()
+    let names: Vec<&str> =
+        functions.iter().map(String::as_str).chain(["btf_trace_sys_enter", "btf_trace_sys_exit"]).collect();
+    Btf::of_this_kernel(&names, &RETURN_PROBE_MEMBERS).inspect_err(|error| log::info!("{error}")).ok()
 }
 
 /// Attaches to the kernel's functions for the mapping calls: to all of them or none.
@@ -423,12 +460,25 @@ fn attach_functions(objects: &Objects, btf: &Btf) -> Result<Vec<OwnedFd>> {
     let mut links = Vec::new();
     for (enter, leave, call) in MAPPING_FUNCTIONS {
         let function = format!("{SYSCALL_PREFIX}{call}");
-        let id = btf.function(&function).with_context(|| format!("the kernel has no function {function}"))?;
+        let id = btf.id(&function).with_context(|| format!("the kernel has no function {function}"))?;
         // The exit first: an entry without its exit would leave a call in flight.
         for (name, hook) in [(leave, Hook::FunctionExit(id)), (enter, Hook::FunctionEntry(id))] {
             let program = objects.load(name, hook)?;
-            links.push(sys::link_function(program.as_fd()).with_context(|| format!("failed to attach to {function}"))?);
+            links.push(sys::link_tracing(program.as_fd()).with_context(|| format!("failed to attach to {function}"))?);
         }
+    }
+    Ok(links)
+}
+
+/// Attaches to the tracepoints of all system calls, with typed arguments.
+fn attach_typed_tracepoints(objects: &Objects, btf: &Btf) -> Result<Vec<OwnedFd>> {
+    let mut links = Vec::new();
+    for (name, tracepoint) in TYPED_TRACEPOINTS {
+        let id = btf.id(&format!("btf_trace_{tracepoint}"));
+        let id = id.with_context(|| format!("the kernel has no type for the tracepoint {tracepoint}"))?;
+        let program = objects.load(name, Hook::Tracepoint(id))?;
+        let link = sys::link_tracing(program.as_fd());
+        links.push(link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?);
     }
     Ok(links)
 }
@@ -441,7 +491,7 @@ struct Objects {
 }
 
 impl Objects {
-    fn parse(ebpf: &Ebpf) -> Result<Self> {
+    fn parse(ebpf: &Ebpf, own_ring: bool) -> Result<Self> {
         let mut object = Object::parse(OBJECT).context("failed to parse the BPF object")?;
         let btf = match aya::features().btf() {
             Some(features) => {
@@ -459,6 +509,9 @@ impl Objects {
         object.relocate_maps(placed.into_iter(), &sections)?;
         object.relocate_calls(&sections)?;
         object.sanitize_functions(aya::features());
+        if !own_ring {
+            object.functions.values_mut().for_each(|function| sys::remove_fetch_add(&mut function.instructions));
+        }
         Ok(Self { object, btf })
     }
 

@@ -40,13 +40,17 @@ pub enum Hook {
     FunctionEntry(u32),
     /// Its return.
     FunctionExit(u32),
+    /// A tracepoint with typed arguments, by the id of its type `btf_trace_*`.
+    Tracepoint(u32),
 }
 
 impl Hook {
     fn program_type(self) -> bpf_prog_type {
         match self {
             Self::Uprobe(_) => bpf_prog_type::BPF_PROG_TYPE_KPROBE,
-            Self::FunctionEntry(_) | Self::FunctionExit(_) => bpf_prog_type::BPF_PROG_TYPE_TRACING,
+            Self::FunctionEntry(_) | Self::FunctionExit(_) | Self::Tracepoint(_) => {
+                bpf_prog_type::BPF_PROG_TYPE_TRACING
+            }
         }
     }
 
@@ -55,6 +59,7 @@ impl Hook {
             Self::Uprobe(kind) => kind.attach_type(),
             Self::FunctionEntry(_) => bpf_attach_type::BPF_TRACE_FENTRY as u32,
             Self::FunctionExit(_) => bpf_attach_type::BPF_TRACE_FEXIT as u32,
+            Self::Tracepoint(_) => bpf_attach_type::BPF_TRACE_RAW_TP as u32,
         }
     }
 }
@@ -97,7 +102,7 @@ pub fn load_program(program: &Program<'_>) -> io::Result<OwnedFd> {
         let load = unsafe { &mut attr.__bindgen_anon_3 };
         load.prog_type = program.hook.program_type() as u32;
         load.expected_attach_type = program.hook.attach_type();
-        if let Hook::FunctionEntry(id) | Hook::FunctionExit(id) = program.hook {
+        if let Hook::FunctionEntry(id) | Hook::FunctionExit(id) | Hook::Tracepoint(id) = program.hook {
             load.attach_btf_id = id;
         }
         load.insns = program.instructions.as_ptr() as u64;
@@ -158,6 +163,53 @@ pub fn load_answer(name: &str, kind: UprobeKind, answer: i32) -> io::Result<Owne
     })
 }
 
+/// `r1 = atomic_fetch_add((u64 *)(r0), r1)` and the exchange are BPF_STX | BPF_ATOMIC | BPF_DW with the bit BPF_FETCH.
+const ATOMIC: u8 = 0xdb;
+const FETCH: i32 = 1;
+
+/// Whether the kernel has atomic operations with a result (5.12), found by loading one.
+pub fn has_fetch_add() -> bool {
+    // r1 = 0; *(u64 *)(r10 - 8) = r1; r1 = atomic_fetch_add((u64 *)(r10 - 8), r1); r0 = 0; exit
+    let code = [(0xb7, 1, 0, 0, 0), (0x7b, 10, 1, -8, 0), (ATOMIC, 10, 1, -8, FETCH), (0xb7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0)];
+    let instructions = code.map(|(code, dst, src, off, imm)| {
+        // SAFETY: plain integers, for which zero is a valid value.
+        let mut instruction: bpf_insn = unsafe { std::mem::zeroed() };
+        instruction.code = code;
+        instruction.set_dst_reg(dst);
+        instruction.set_src_reg(src);
+        instruction.off = off;
+        instruction.imm = imm;
+        instruction
+    });
+    let license = c"Dual MIT/GPL".to_owned();
+    load_program(&Program {
+        name: "leak_probe",
+        instructions: &instructions,
+        license: &license,
+        hook: Hook::Uprobe(UprobeKind::Perf),
+        btf: None,
+        func_info: Vec::new(),
+        func_info_size: 0,
+    })
+    .is_ok()
+}
+
+/// Replaces atomic operations with a result, which stand where they are never reached, by `r0 = r0`-like loads of a
+/// constant: kernels that do not know them refuse a program that contains one.
+pub fn remove_fetch_add(instructions: &mut [bpf_insn]) {
+    for instruction in instructions {
+        if instruction.code == ATOMIC && instruction.imm & FETCH != 0 {
+            let result = instruction.src_reg();
+            // result = 0
+            instruction.code = 0xb7;
+            instruction.set_dst_reg(result);
+            instruction.set_src_reg(0);
+            instruction.off = 0;
+            instruction.imm = 0;
+        }
+    }
+}
+
 /// Loads BTF.
 pub fn load_btf(btf: &[u8]) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
@@ -180,8 +232,8 @@ pub fn update_batch(map: BorrowedFd<'_>, keys: &[u32], values: *const u8) -> io:
     bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr).map(drop)
 }
 
-/// Attaches a program of kind [`Hook::FunctionEntry`] or [`Hook::FunctionExit`] to the function that it was loaded for.
-pub fn link_function(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// Attaches a program to the function or the tracepoint that it was loaded for.
+pub fn link_tracing(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     // A name of zero: the program itself knows where.
     attr.raw_tracepoint.prog_fd = program.as_raw_fd() as u32;

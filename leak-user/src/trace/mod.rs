@@ -137,7 +137,7 @@ impl<'a> Run<'a> {
             ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
-        let ring = Ring::take(&mut programs, settings.ring_bytes)?;
+        let ring = Ring::take(&mut programs)?;
         let losses = Losses::take(&mut programs)?;
         forward_logs(&mut programs);
         let ledger = Ledger::new(LedgerConfig { page_size: page_size() as u64, ..LedgerConfig::default() });

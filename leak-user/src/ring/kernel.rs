@@ -1,28 +1,23 @@
-//! Takes records out of the BPF ring buffer, in the order in which the kernel handed out their places.
+//! The kernel's ring buffer, `BPF_MAP_TYPE_RINGBUF`.
 //!
 //! aya's consumer tells the kernel its position after each record. The kernel reads that position at each reservation, so
 //! the cache line would travel between the two CPUs once a record; here it is written once a batch. The layout is that of
 //! `kernel/bpf/ringbuf.c`: a page with the consumer's position, a page with the producer's, then the data, mapped twice in
 //! a row so that a record which wraps around is in one piece.
 
-use std::io;
-use std::num::NonZeroUsize;
-use std::os::fd::{AsFd as _, BorrowedFd};
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use aya::maps::Map;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::ProtFlags;
 
+use super::{BATCH, Mapping, page_size};
 use crate::attach::Programs;
 
 const BUSY: u32 = 1 << 31;
 const DISCARD: u32 = 1 << 30;
 const HEADER: u64 = 8;
-
-/// How many records are taken before the kernel is told, so that it has room again: a few KiB, small against the ring.
-const BATCH: usize = 256;
 
 /// The consumer's end of a ring buffer.
 pub struct Ring {
@@ -35,42 +30,11 @@ pub struct Ring {
     _map: aya::maps::MapData,
 }
 
-struct Mapping {
-    start: NonNull<libc::c_void>,
-    length: usize,
-}
-
-// SAFETY: memory shared with the kernel, reached only through atomics and through `Ring`'s `&mut self` methods.
-unsafe impl Send for Mapping {}
-
-impl Mapping {
-    fn new(fd: BorrowedFd<'_>, length: usize, offset: usize, prot: ProtFlags) -> Result<Self> {
-        let length_nonzero = NonZeroUsize::new(length).context("empty mapping")?;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe { mmap(None, length_nonzero, prot, MapFlags::MAP_SHARED, fd, offset as i64) }
-            .context("failed to map the ring buffer")?;
-        Ok(Self { start, length })
-    }
-
-    fn word(&self) -> &AtomicU64 {
-        // SAFETY: the first word of a live mapping, page aligned.
-        unsafe { self.start.cast::<AtomicU64>().as_ref() }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, and unmapped once.
-        let result = unsafe { munmap(self.start, self.length) };
-        debug_assert!(result.is_ok(), "munmap of a mapping of ours");
-    }
-}
-
 impl Ring {
     /// The ring of these programs; it can be taken once.
-    pub fn take(programs: &mut Programs, size: u32) -> Result<Self> {
+    pub fn take(programs: &mut Programs) -> Result<Self> {
         let Map::RingBuf(map) = programs.take_map("EVENTS")? else { bail!("EVENTS is not a ring buffer") };
-        let page = page_size();
+        let (page, size) = (page_size(), map.info()?.max_entries());
         let fd = map.fd().as_fd();
         let consumer = Mapping::new(fd, page, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         let producer = Mapping::new(fd, page + 2 * size as usize, page, ProtFlags::PROT_READ)?;
@@ -142,16 +106,4 @@ impl Ring {
         };
         Some((Some(record), next))
     }
-}
-
-/// Bytes in a page of this host.
-pub(crate) fn page_size() -> usize {
-    // SAFETY: no arguments that could be wrong.
-    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
-}
-
-/// The size that a ring of at least `bytes` must have: a power of two and a multiple of the page size.
-pub fn ring_size(bytes: u32) -> io::Result<u32> {
-    let page = u32::try_from(page_size()).map_err(io::Error::other)?;
-    bytes.max(page).checked_next_power_of_two().ok_or_else(|| io::Error::other(format!("a ring of {bytes} bytes")))
 }

@@ -1,0 +1,99 @@
+//! Takes records out of the ring buffer, in the order in which their places were handed out.
+//!
+//! Two kinds: the one that the programs write by themselves ([`shared`], the usual one), and the kernel's own
+//! ([`kernel`]), where the kernel lacks an instruction that the first rests on.
+
+mod kernel;
+mod shared;
+
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use anyhow::{Context as _, Result};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::attach::Programs;
+
+/// How many records are taken before the other side is told, so that it has room again: a few KiB, small against the ring.
+const BATCH: usize = 256;
+
+/// The consumer's end of a ring buffer.
+pub enum Ring {
+    Shared(shared::Ring),
+    Kernel(kernel::Ring),
+}
+
+impl Ring {
+    /// The ring of these programs; it can be taken once.
+    pub fn take(programs: &mut Programs) -> Result<Self> {
+        if programs.has_own_ring() {
+            shared::Ring::take(programs).map(Self::Shared)
+        } else {
+            kernel::Ring::take(programs).map(Self::Kernel)
+        }
+    }
+
+    /// Bytes that wait to be taken.
+    pub fn pending(&self) -> u64 {
+        match self {
+            Self::Shared(ring) => ring.pending(),
+            Self::Kernel(ring) => ring.pending(),
+        }
+    }
+
+    /// The ring's size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Shared(_) => leak_common::ring::RING_SIZE,
+            Self::Kernel(ring) => ring.size(),
+        }
+    }
+
+    /// Hands records to `each`, oldest first and several at a time, up to those that were there at the time of the call.
+    /// Ends early at a record that is still being written. Returns how many there were.
+    pub fn drain(&mut self, each: impl FnMut(&[&[u8]])) -> u64 {
+        match self {
+            Self::Shared(ring) => ring.drain(each),
+            Self::Kernel(ring) => ring.drain(each),
+        }
+    }
+}
+
+struct Mapping {
+    start: NonNull<libc::c_void>,
+    length: usize,
+}
+
+// SAFETY: memory shared with the kernel, reached only through atomics and through `Ring`'s `&mut self` methods.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    fn new(fd: BorrowedFd<'_>, length: usize, offset: usize, prot: ProtFlags) -> Result<Self> {
+        let length_nonzero = NonZeroUsize::new(length).context("empty mapping")?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { mmap(None, length_nonzero, prot, MapFlags::MAP_SHARED, fd, offset as i64) }
+            .context("failed to map the ring buffer")?;
+        Ok(Self { start, length })
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: the first word of a live mapping, page aligned.
+        unsafe { self.start.cast::<AtomicU64>().as_ref() }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and unmapped once.
+        let result = unsafe { munmap(self.start, self.length) };
+        debug_assert!(result.is_ok(), "munmap of a mapping of ours");
+    }
+}
+
+/// Bytes in a page of this host.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no arguments that could be wrong.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
