@@ -22,12 +22,15 @@
 //! Walking the stack and writing the BPF maps are left to others.
 
 pub mod cfi;
+pub mod extents;
 pub mod image;
 pub mod table;
+pub mod tables;
 mod x86_64;
 
 use leak_common::unwind::Rule;
 pub use table::{Rows, Table, Why};
+pub use tables::{Ranges, Tables};
 
 /// What the rows say of an address, less the file's lowest one; the same search as the BPF side's. None before the first row.
 pub fn lookup(rows: &[u64], address: u32) -> Option<Rule> {
