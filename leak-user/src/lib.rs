@@ -3,6 +3,7 @@
 //! The modules, in the order of the data:
 //!
 //! - [`discover`]: which files of a process hold an allocator, and where a breakpoint is cheap;
+//! - [`unwind`]: how each frame of their code is left, for the walk in the kernel;
 //! - [`attach`]: loads the BPF programs and puts them there;
 //! - [`ring`]: takes records out of the ring buffer;
 //! - [`decode`]: turns bytes into events, or into a counted error;
@@ -30,4 +31,5 @@ pub mod ring;
 pub mod spawn;
 pub mod symbols;
 pub mod trace;
+pub mod unwind;
 pub mod view;
