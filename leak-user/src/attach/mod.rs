@@ -3,6 +3,7 @@
 //! dies, however it dies.
 
 mod floor;
+mod hold;
 mod sys;
 
 use std::collections::HashMap;

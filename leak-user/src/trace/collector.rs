@@ -35,6 +35,8 @@ pub enum Notice {
     Exec { tgid: u32, tid: u32 },
     /// A process mapped code.
     MapExec { tgid: u32 },
+    /// The first thread of a process ended; others may go on.
+    LeaderExit { tgid: u32 },
 }
 
 /// How many notices may wait. Beyond that they are dropped and counted: stacks then get their names later, and the slow
@@ -51,6 +53,8 @@ pub struct Core {
     pub undecodable: u64,
     /// Notices that nobody took in time.
     pub notices_dropped: u64,
+    /// How often the kernel removed probes from a process by itself.
+    pub probes_dropped: u64,
     ring: Ring,
     recording: Option<recording::Writer<BufWriter<File>>>,
     /// Why the recording ended early.
@@ -75,6 +79,7 @@ impl Core {
             records: 0,
             undecodable: 0,
             notices_dropped: 0,
+            probes_dropped: 0,
             ring,
             recording,
             recording_error: None,
@@ -90,6 +95,13 @@ impl Core {
     pub fn tell(&mut self, entry: Entry<'_>) {
         record(&mut self.recording, &mut self.recording_error, entry);
         recording::apply(&mut self.ledger, entry);
+    }
+
+    /// The kernel removed probes by itself, and they stand again: what was freed meanwhile nobody knows.
+    pub fn probes_dropped(&mut self) {
+        self.probes_dropped += 1;
+        self.collect();
+        self.tell(Entry::Distrust { time: monotonic_now() });
     }
 
     /// Takes all that is in the ring by now, and what the kernel kept aside while it was full.
@@ -168,6 +180,7 @@ fn notice(event: &Event<'_>) -> Option<Notice> {
         What::Stack { frames, .. } => Some(Notice::Stack { tgid, frames: frames.iter().collect() }),
         What::Exec { tid, .. } => Some(Notice::Exec { tgid, tid }),
         What::MapExec { .. } => Some(Notice::MapExec { tgid }),
+        What::Exit { tid, .. } if tid == tgid => Some(Notice::LeaderExit { tgid }),
         _ => None,
     }
 }

@@ -24,7 +24,7 @@ use tokio::time::MissedTickBehavior;
 
 use self::collector::{Collector, Notice};
 use self::summary::{Moment, Snapshot};
-use self::target::Target;
+use self::target::{Followed, Target};
 use crate::attach::{Programs, Settings};
 use crate::config::{Config, Target as What};
 use crate::doctor;
@@ -170,8 +170,9 @@ impl<'a> Run<'a> {
     /// Starts following a process. With `required`, not finding an allocator in it is an error.
     fn attach(&mut self, mut target: Target, required: bool) -> Result<()> {
         let id = target.id();
+        self.symbols.look_through(id, target.process.through());
         self.symbols.add(id);
-        let brk = program_break(id.tgid);
+        let brk = program_break(target.process.through());
         {
             let mut core = self.collector.core();
             core.tell(Entry::AddProcess { tgid: id.tgid, start_time: id.start_time, time: monotonic_now() });
@@ -245,6 +246,7 @@ impl<'a> Run<'a> {
                 return Ok(Ended::Interrupted);
             }
             self.take_notices();
+            self.follow_threads(false);
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
@@ -292,6 +294,11 @@ impl<'a> Run<'a> {
                         }
                     }
                 }
+                Notice::LeaderExit { tgid } => {
+                    if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
+                        target.leader_ended = true;
+                    }
+                }
                 Notice::Exec { tgid, tid } => {
                     if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
                         self.symbols.exec(target.id());
@@ -309,9 +316,31 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Goes on by other threads where those by which processes are traced have ended; without `all` only in processes whose
+    /// first thread is known to have.
+    fn follow_threads(&mut self, all: bool) {
+        let Self { targets, symbols, programs, collector, .. } = self;
+        let targets = targets.iter_mut().filter(|target| target.ended.is_none());
+        for target in targets.filter(|target| all || target.process.leader_has_ended() || target.leader_ended) {
+            target.leader_ended = false;
+            let followed = target.follow_threads(programs);
+            match followed {
+                Ok(Followed::AsBefore) => continue,
+                Ok(Followed::Lost) => collector.core().probes_dropped(),
+                Err(error) if !target.notice_end() => {
+                    log::warn!("pid {} may not be traced on: {error:#}", target.id().tgid);
+                    collector.core().probes_dropped();
+                }
+                Ok(Followed::Moved) | Err(_) => {}
+            }
+            symbols.look_through(target.id(), target.process.through());
+        }
+    }
+
     /// Repairs what no event told of.
     fn sweep(&mut self) {
         self.programs.sync_clock();
+        self.follow_threads(true);
         for target in self.targets.iter_mut().filter(|target| target.ended.is_none()) {
             refresh(target, &self.programs, self.config);
         }
@@ -396,8 +425,8 @@ fn refresh(target: &mut Target, programs: &Programs, config: &Config) {
 }
 
 /// Where the program break stands: the end of the `[heap]` mapping, which is the break rounded up to a page.
-fn program_break(tgid: u32) -> Option<u64> {
-    let maps = std::fs::read(format!("/proc/{tgid}/maps")).ok()?;
+fn program_break(pid: u32) -> Option<u64> {
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).ok()?;
     crate::discover::maps::parse(&maps).find(|mapping| mapping.path == b"[heap]").map(|mapping| mapping.end)
 }
 

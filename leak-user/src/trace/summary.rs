@@ -65,6 +65,7 @@ pub struct Snapshot {
     records: u64,
     undecodable: u64,
     notices_dropped: u64,
+    probes_dropped: u64,
 }
 
 /// When the ledger is looked at.
@@ -99,6 +100,7 @@ impl Snapshot {
             records: core.records,
             undecodable: core.undecodable,
             notices_dropped: core.notices_dropped,
+            probes_dropped: core.probes_dropped,
         }
     }
 
@@ -121,6 +123,7 @@ impl Snapshot {
             ("distrusted_bytes", c.distrusted.bytes),
             ("records_undecodable", self.undecodable),
             ("notices_dropped", self.notices_dropped),
+            ("probes_dropped_by_kernel", self.probes_dropped),
             ("frees_of_older_blocks", c.free_of_unknown),
             ("frees_kept_aside_applied", c.missed_free_applied),
             ("frees_kept_aside_stale", c.missed_free_stale),
