@@ -346,8 +346,9 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Removes every probe and takes what is left in the ring.
+    /// Takes what is left in the ring and removes every probe.
     fn detach(&mut self) {
+        self.collector.core().cut();
         let probes: Vec<_> = self.targets.iter_mut().flat_map(Target::detach).collect();
         let start = Instant::now();
         crate::attach::detach(probes);
@@ -358,7 +359,6 @@ impl<'a> Run<'a> {
             self.programs.remove_target(target.id().tgid);
         }
         let mut core = self.collector.core();
-        core.collect();
         core.tell(Entry::Roll { time: monotonic_now() });
         drop(core);
         self.take_notices();

@@ -96,7 +96,7 @@ impl Snapshot {
         Self {
             processes,
             counters: core.ledger.counters(),
-            kernel: core.losses.counters(),
+            kernel: core.kernel_counters(),
             records: core.records,
             undecodable: core.undecodable,
             notices_dropped: core.notices_dropped,
