@@ -189,7 +189,7 @@ impl<'a> Run<'a> {
             attached?;
         }
         log::info!("tracing pid {}", id.tgid);
-        target.sample_rss(0.0);
+        target.sample(0.0, 0);
         self.targets.push(target);
         Ok(())
     }
@@ -251,8 +251,12 @@ impl<'a> Run<'a> {
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
                 let at = self.started.elapsed().as_secs_f64();
-                self.targets.iter_mut().for_each(|target| target.sample_rss(at));
-                self.collector.core().tell(Entry::Roll { time: monotonic_now() });
+                let mut core = self.collector.core();
+                for target in &mut self.targets {
+                    let traced = core.ledger.process(target.id().tgid).map_or(0, |process| process.live().bytes);
+                    target.sample(at, traced);
+                }
+                core.tell(Entry::Roll { time: monotonic_now() });
             }
             if now.duration_since(swept) >= SWEEP_EVERY {
                 swept = now;

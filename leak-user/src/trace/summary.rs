@@ -140,10 +140,10 @@ impl Snapshot {
         let mut judged = self.processes.iter_mut().find(|(of, _)| *of == tgid).map(|(_, judged)| judged);
         let limit = target.memory_limit.as_ref().map(crate::process::MemoryLimit::bytes);
         let summaries = judged.as_ref().map_or(&[][..], |judged| &judged.summaries);
-        let verdict = detect::judge_process(&target.rss_samples, summaries, limit);
+        let verdict = detect::judge_process(&target.samples, summaries, limit);
         let stacks = judged.as_mut().map_or_else(Vec::new, |judged| std::mem::take(&mut judged.stacks));
         let stacks = stacks.into_iter().map(|stack| stack.report(target, symbols)).collect();
-        let enough = target.rss_samples.len() >= 3;
+        let enough = target.samples.len() >= 3;
         report::Process {
             pid: tgid,
             comm: target.process.comm.clone(),
@@ -161,8 +161,8 @@ impl Snapshot {
             live_bytes: judged.as_ref().map_or(0, |judged| judged.live_bytes),
             live_count: judged.as_ref().map_or(0, |judged| judged.live_count),
             rss: report::Rss {
-                first_bytes: target.rss_samples.first().map(|(_, bytes)| *bytes),
-                last_bytes: target.rss_samples.last().map(|(_, bytes)| *bytes),
+                first_bytes: target.samples.first().map(|sample| sample.resident),
+                last_bytes: target.samples.last().map(|sample| sample.resident),
                 growth_bytes_per_s: enough.then_some(verdict.rss_bytes_per_s),
             },
             explained_growth_ratio: verdict.explained_growth_ratio,

@@ -9,11 +9,12 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 
 use crate::attach::{Places, Point, Probes, Programs};
+use crate::detect::Sample;
 use crate::discover::{self, AllocatorFile, Discovery, FileId, maps};
 use crate::process::{MemoryLimit, Process, ProcessId, RssSampler};
 use crate::report;
 
-/// The most resident set samples that are kept; past it every second one is dropped.
+/// The most samples of its memory that are kept; past it every second one is dropped.
 const MAX_SAMPLES: usize = 4096;
 
 /// An allocator with its probes.
@@ -52,8 +53,8 @@ pub struct Target {
     discovery: Discovery,
     files: HashMap<FileId, Traced>,
     rss: Option<RssSampler>,
-    /// Seconds since the start of tracing, and resident bytes.
-    pub rss_samples: Vec<(f64, u64)>,
+    /// Its memory over time.
+    pub samples: Vec<Sample>,
     pub memory_limit: Option<MemoryLimit>,
     /// An event told that its first thread ended; for [`Self::follow_threads`] to look at.
     pub leader_ended: bool,
@@ -72,7 +73,7 @@ impl Target {
             memory_limit: process.memory_limit(),
             discovery,
             files: HashMap::new(),
-            rss_samples: Vec::new(),
+            samples: Vec::new(),
             leader_ended: false,
             ended: None,
             process,
@@ -173,13 +174,13 @@ impl Target {
         all.map(std::mem::take).collect()
     }
 
-    /// Takes a sample of the resident set, `at` seconds after the start.
-    pub fn sample_rss(&mut self, at: f64) {
-        let Some(sample) = self.rss.as_ref().and_then(|rss| rss.sample().ok()) else { return };
-        self.rss_samples.push((at, sample.total));
-        if self.rss_samples.len() > MAX_SAMPLES {
+    /// Takes a sample of the resident set, `time` seconds after the start, beside the live bytes that are known.
+    pub fn sample(&mut self, time: f64, traced: u64) {
+        let Some(rss) = self.rss.as_ref().and_then(|rss| rss.sample().ok()) else { return };
+        self.samples.push(Sample { time, resident: rss.total, traced });
+        if self.samples.len() > MAX_SAMPLES {
             let mut index = 0;
-            self.rss_samples.retain(|_| {
+            self.samples.retain(|_| {
                 index += 1;
                 index % 2 == 0
             });
