@@ -4,8 +4,8 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
-use leak_common::unwind::{Range, Target};
 use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
+use leak_common::unwind::{Range, Target};
 use leak_common::{Clock, MissedFree, counter};
 
 use crate::thread::Thread;
@@ -137,7 +137,6 @@ pub fn return_offsets() -> ReturnOffsets {
         next: setting!(INSTANCE_NEXT_OFFSET),
     }
 }
-
 
 /// Whether an allocation of this size is followed.
 #[inline(always)]

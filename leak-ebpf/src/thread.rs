@@ -8,7 +8,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use leak_common::counter;
 
-use crate::maps::{OWNERS, SLOTS, SLOT_COUNT, THREAD_INIT, THREADS, count, is_target};
+use crate::maps::{OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, count, is_target};
 use crate::stack::Walk;
 
 /// After this long a call in flight is taken as abandoned. Without it, one that never returned would make every deeper

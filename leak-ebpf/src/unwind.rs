@@ -205,8 +205,7 @@ pub fn code_changed(tgid: u32, start: u64, size: u64) -> u64 {
     };
     // SAFETY: a valid map value.
     let (first, count) = unsafe { ((*target).first_range, (*target).ranges) };
-    let mut change =
-        Change { first: u64::from(first), count: u64::from(count), start, end: start.wrapping_add(size) };
+    let mut change = Change { first: u64::from(first), count: u64::from(count), start, end: start.wrapping_add(size) };
     // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
     unsafe {
         bpf_loop(1 << 14, void_range as *mut c_void, (&raw mut change).cast::<c_void>(), 0);

@@ -151,6 +151,16 @@ pub struct TraceFlags {
     #[arg(long, value_enum, default_value_t, help_heading = "What is followed")]
     pub unwind: UnwindFlag,
 
+    /// Kernel memory for unwind tables; what does not fit makes stacks incomplete, and is counted
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "16MiB",
+        allow_hyphen_values = true,
+        help_heading = "What is followed"
+    )]
+    pub unwind_memory: String,
+
     /// More about what is done, to the standard error; twice for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -181,7 +191,7 @@ pub enum ResourceFlag {
 
 #[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnwindFlag {
-    /// The best that this version can do
+    /// By unwind tables, made from the traced files; by frame pointers where there are none
     #[default]
     Auto,
     /// By the chain of frame pointers

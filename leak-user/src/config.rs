@@ -47,6 +47,8 @@ pub struct Config {
     /// Report only blocks of at least this age.
     pub older_than: Duration,
     pub unwind: Unwind,
+    /// Bytes of kernel memory for unwind tables.
+    pub unwind_memory: u64,
     /// Files to take as allocators although they are not found by themselves; paths as the target sees them.
     pub allocators: Vec<PathBuf>,
     pub resources: Resources,
@@ -76,6 +78,8 @@ pub enum Sampling {
 /// How call stacks are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unwind {
+    /// By unwind tables where there are any.
+    Tables,
     /// By the chain of frame pointers.
     FramePointers,
 }
@@ -157,8 +161,10 @@ impl Config {
                 .transpose()?
                 .unwrap_or(Duration::ZERO),
             unwind: match flags.unwind {
-                UnwindFlag::Auto | UnwindFlag::Fp => Unwind::FramePointers,
+                UnwindFlag::Auto => Unwind::Tables,
+                UnwindFlag::Fp => Unwind::FramePointers,
             },
+            unwind_memory: unwind_memory(&flags.unwind_memory)?,
             allocators: flags.allocators.into_iter().map(allocator).collect::<Result<_, _>>()?,
             resources: Resources {
                 heap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Heap),
@@ -229,6 +235,16 @@ fn size(option: &str, value: &str) -> Result<u64, UsageError> {
     parse_size(value).filter(|size| (1..=SIZE_MAX).contains(size)).ok_or_else(|| {
         UsageError::value(option, value, "must be a size from 1 to 128TiB, such as 4096, 64K or 1MiB (K is 1024)")
     })
+}
+
+/// The map of rows is one array, whose elements the BPF programs reach by 24 halvings (see `leak-ebpf`): 2^24 of eight
+/// bytes.
+const UNWIND_MEMORY: RangeInclusive<u64> = 64 << 10..=128 << 20;
+
+fn unwind_memory(value: &str) -> Result<u64, UsageError> {
+    parse_size(value)
+        .filter(|size| UNWIND_MEMORY.contains(size))
+        .ok_or_else(|| UsageError::value("--unwind-memory", value, "must be a size from 64K to 128MiB"))
 }
 
 /// Bytes of `4096`, `64K`, `64KiB`, `1.5MiB`; K, KB and KiB are all 1024. `None` if it is none of these.
@@ -332,7 +348,8 @@ mod tests {
                 min_size: 0,
                 max_size: u64::MAX,
                 older_than: Duration::ZERO,
-                unwind: Unwind::FramePointers,
+                unwind: Unwind::Tables,
+                unwind_memory: 16 << 20,
                 allocators: Vec::new(),
                 resources: Resources { heap: true, mmap: true },
                 fail_on_leak: false,

@@ -92,6 +92,7 @@ fn read_proc<T: FromBufRead>(pid: u32, name: &'static str) -> Result<T, Error> {
     })
 }
 
+/// Works for the id of any thread, and then tells of that thread.
 fn read_stat(pid: u32) -> Result<Stat, Error> {
     let bytes = fs::read(format!("/proc/{pid}/stat")).map_err(|e| Error::reading(pid, "stat", e))?;
     Stat::from_read(bytes.as_slice()).map_err(|e| Error::Io {
@@ -101,7 +102,40 @@ fn read_stat(pid: u32) -> Result<Stat, Error> {
     })
 }
 
+/// A thread that still has the process's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Thread {
+    tid: u32,
+    /// In clock ticks since boot: thread ids are handed out again.
+    start_time: u64,
+}
+
+impl Thread {
+    /// The thread of this process with this id, unless it has ended or has begun to: the kernel takes a thread's memory
+    /// away (`exit_mm`) before it shows the thread as a zombie.
+    fn living(tgid: u32, tid: u32) -> Option<Self> {
+        let bytes = fs::read(format!("/proc/{tgid}/task/{tid}/stat")).ok()?;
+        let stat = Stat::from_read(bytes.as_slice()).ok()?;
+        let ends = StatFlags::from_bits_truncate(stat.flags).contains(StatFlags::PF_EXITING);
+        (!ends && !matches!(stat.state, 'Z' | 'X')).then_some(Self { tid, start_time: stat.starttime })
+    }
+
+    /// The thread of the process that has lived longest and is likely to go on.
+    fn oldest(tgid: u32) -> Option<Self> {
+        let tids = threads(tgid).ok()?;
+        tids.into_iter().filter_map(|tid| Self::living(tgid, tid)).min_by_key(|thread| (thread.start_time, thread.tid))
+    }
+}
+
+fn threads(pid: u32) -> Result<Vec<u32>, Error> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).map_err(|e| Error::reading(pid, "threads", e))?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+}
+
 /// A process that can be traced, held by a pidfd so that it is never mistaken for a later one with the same id.
+///
+/// Its first thread may have ended while others go on. What the kernel finds by the process's id (`/proc/PID`, uprobes for
+/// a pid) is that first thread, which then has no memory any more; [`Self::through`] is the thread to name instead.
 #[derive(Debug)]
 pub struct Process {
     pub id: ProcessId,
@@ -115,6 +149,8 @@ pub struct Process {
     pub uid: u32,
     pub gid: u32,
     pidfd: PidFd,
+    /// Through whom its memory can be seen, if not through its first thread.
+    stand_in: Option<Thread>,
 }
 
 impl Process {
@@ -122,7 +158,7 @@ impl Process {
     ///
     /// # Errors
     /// Names the pid, and says so if there is no such process, if it is a kernel thread, a thread of another process, or has
-    /// exited and is only waiting for its parent.
+    /// exited, with all its threads, and is only waiting for its parent.
     pub fn open(pid: u32) -> Result<Self, Error> {
         // Zero and numbers over i32 are no pids for pidfd_open, and /proc/0 does not exist.
         if i32::try_from(pid).is_err() {
@@ -136,9 +172,12 @@ impl Process {
         if StatFlags::from_bits_truncate(stat.flags).contains(StatFlags::PF_KTHREAD) {
             return Err(Error::KernelThread { pid, comm: stat.comm });
         }
-        if matches!(stat.state, 'Z' | 'X') {
-            return Err(Error::Exited { pid });
-        }
+        let stand_in = if matches!(stat.state, 'Z' | 'X') {
+            Some(Thread::oldest(pid).ok_or(Error::Exited { pid })?)
+        } else {
+            None
+        };
+        let through = stand_in.map_or(pid, |thread| thread.tid);
         let pidfd = PidFd::open(pid)?;
         let id = ProcessId { tgid: pid, start_time: stat.starttime };
         // Now that the pidfd is held: is this still the process that was looked at?
@@ -148,17 +187,19 @@ impl Process {
         Ok(Self {
             id,
             comm: stat.comm,
-            exe: exe(pid),
-            cgroup: cgroups(pid).ok().and_then(|groups| display_cgroup(&groups)),
+            exe: exe(through),
+            cgroup: cgroups(through).ok().and_then(|groups| display_cgroup(&groups)),
             uid: status.euid,
             gid: status.egid,
             pidfd,
+            stand_in,
         })
     }
 
-    /// Reads anew what execve changes: comm, exe and the user.
+    /// Reads anew what execve changes: comm, exe, the user, and who is the first thread: whichever called it.
     pub fn refresh(&mut self) -> Result<(), Error> {
         let pid = self.id.tgid;
+        self.stand_in = None;
         let status: Status = read_proc(pid, "status")?;
         self.comm = read_stat(pid)?.comm;
         self.exe = exe(pid);
@@ -173,9 +214,35 @@ impl Process {
 
     /// Its thread ids at the moment.
     pub fn threads(&self) -> Result<Vec<u32>, Error> {
-        let pid = self.id.tgid;
-        let entries = fs::read_dir(format!("/proc/{pid}/task")).map_err(|e| Error::reading(pid, "threads", e))?;
-        Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+        threads(self.id.tgid)
+    }
+
+    /// The id under which the kernel shows the process's memory (`/proc/ID/maps`): its own, or that of another thread if
+    /// its first one has ended.
+    pub fn through(&self) -> u32 {
+        self.stand_in.map_or(self.id.tgid, |thread| thread.tid)
+    }
+
+    /// Whether its first thread has ended, as far as was noticed.
+    pub fn leader_has_ended(&self) -> bool {
+        self.stand_in.is_some()
+    }
+
+    /// Chooses another thread for [`Self::through`] if the one so far has ended; says whether it did. False too while the
+    /// whole process is ending.
+    pub fn follow_threads(&mut self) -> bool {
+        let tgid = self.id.tgid;
+        let before = match self.stand_in {
+            Some(thread) => Thread::living(tgid, thread.tid).filter(|now| *now == thread),
+            None => Thread::living(tgid, tgid),
+        };
+        if before.is_some() {
+            return false;
+        }
+        let Some(next) = Thread::oldest(tgid) else { return false };
+        // exec makes another thread the first one, and it has the process's id from then on.
+        self.stand_in = (next.tid != tgid).then_some(next);
+        true
     }
 
     /// For waiting until it exits.
@@ -185,12 +252,12 @@ impl Process {
 
     /// Opens its resident set for sampling.
     pub fn rss(&self) -> Result<RssSampler, Error> {
-        RssSampler::open(self.id.tgid)
+        RssSampler::open(self.through())
     }
 
     /// How large it may become.
     pub fn memory_limit(&self) -> Option<MemoryLimit> {
-        memory_limit(self.id.tgid)
+        memory_limit(self.through())
     }
 }
 

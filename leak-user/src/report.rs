@@ -92,6 +92,9 @@ pub struct Mode {
     /// Mean bytes between samples; `null` when exact.
     pub interval_bytes: Option<u64>,
     pub unwinder: Unwinder,
+    /// Bytes that unwind tables take in the kernel, and how many they may; `null` without tables.
+    pub unwind_table_bytes: Option<u64>,
+    pub unwind_memory_bytes: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -156,6 +156,7 @@ fn next_id(command: libc::c_int, id: u32) -> io::Result<Option<u32>> {
 }
 
 /// How many bytes of `pid`'s code, its own and its libraries', differ from their files: each breakpoint that stands in it is one.
+/// Where a process's first thread has ended, `pid` is the id of another thread of it.
 pub fn breakpoints(pid: u32) -> Result<usize> {
     let maps = format!("/proc/{pid}/maps");
     let maps = fs::read_to_string(&maps).with_context(|| format!("failed to read {maps}"))?;

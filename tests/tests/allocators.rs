@@ -281,7 +281,8 @@ fn sizes_are_filtered() -> Result<()> {
     Ok(())
 }
 
-/// Attached to while two threads allocate and free as fast as they can: at most the block that each has in hand is live.
+/// Attached to and left while two threads allocate and free as fast as they can: at most the block that each has in hand is live,
+/// also in the final report (what came while probes were removed one by one was counted).
 #[test]
 fn attached_in_full_flight() -> Result<()> {
     if !host::can_trace("attached_in_full_flight") {
@@ -294,7 +295,10 @@ fn attached_in_full_flight() -> Result<()> {
     assert_eq!(report["losses"], serde_json::json!({}), "{}", summary(&report));
     let (bytes, count) = live_in(&report, "churn_block");
     assert!(count <= 2 && bytes == 64 * count, "{}", summary(&report));
-    session.stop()?;
+    let last = session.stop()?;
+    assert_eq!(last["losses"], serde_json::json!({}), "{}", summary(&last));
+    let (bytes, count) = live_in(&last, "churn_block");
+    assert!(count <= 2 && bytes == 64 * count, "{}", summary(&last));
     fixture.tell("stop")?;
     Ok(())
 }

@@ -124,6 +124,114 @@ fn exec_by_another_thread() -> Result<()> {
     Ok(())
 }
 
+/// A process whose first thread has ended is attached to and traced like any other, exactly and with names; and it has ended only
+/// when its other threads have (it was said to have exited).
+#[test]
+fn the_first_thread_ended_before_tracing() -> Result<()> {
+    if !host::can_trace("the_first_thread_ended_before_tracing") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    fixture.tell("main_exit")?;
+    let session = Session::start(&[fixture.pid()], &[])?;
+    for command in ["leak 100 1000", "threads 20 64"] {
+        fixture.tell(command)?;
+    }
+    let truth = fixture.report()?;
+    fixture.send("exit 0")?;
+    fixture.wait()?;
+    let report = session.finish()?;
+    no_losses(&report);
+    assert_eq!(report["ended"], "targets_exited");
+    for function in ["leak_before", "leak_in_thread"] {
+        assert_eq!(live_in(&report, function), site(&truth, function), "{}", summary(&report));
+    }
+    assert_eq!(live_in(&report, "balanced_in_thread"), (0, 0), "{}", summary(&report));
+    assert!(report["processes"][0]["rss"]["last_bytes"].as_u64() > Some(0), "{}", report["processes"][0]["rss"]);
+    Ok(())
+}
+
+/// The first thread of a traced process ends, and the next one too; then another user of the same libc's probes goes. The probes of
+/// the process stay (the kernel removed them, silently).
+#[test]
+fn the_first_thread_ends_and_other_probes_go() -> Result<()> {
+    if !host::can_trace("the_first_thread_ends_and_other_probes_go") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    let pid = fixture.pid();
+    let mut session = Session::start(&[pid], &[])?;
+    fixture.tell("leak 10 1000")?;
+    // The thread that took over at the first of them hands over in turn at the second.
+    for left in 1..=2 {
+        let other = Fixture::start("lifecycle")?;
+        let others = Session::start(&[other.pid()], &[])?;
+        fixture.tell("main_exit")?;
+        // Followed within a tick of the tracer; its reports come less often.
+        for _ in 0..3 {
+            session.next_report(|_| true, PATIENCE)?;
+        }
+        let before = host::breakpoints(living_thread(pid)?)?;
+        others.stop()?;
+        let after = host::breakpoints(living_thread(pid)?)?;
+        assert!(before > 0 && after == before, "{before} breakpoints before, {after} after, at end {left}");
+        fixture.tell("threads 20 64")?;
+        fixture.tell("leak 10 1000")?;
+    }
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    no_losses(&report);
+    for function in ["leak_before", "leak_in_thread"] {
+        assert_eq!(live_in(&report, function), site(&truth, function), "{}", summary(&report));
+    }
+    assert_eq!(live_in(&report, "balanced_in_thread"), (0, 0), "{}", summary(&report));
+    Ok(())
+}
+
+/// The same without time to follow: either the probes are still there, or the report says that they were dropped, and what was live
+/// then is in no verdict.
+#[test]
+fn probes_dropped_by_the_kernel_are_reported() -> Result<()> {
+    if !host::can_trace("probes_dropped_by_the_kernel_are_reported") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("lifecycle")?;
+    let other = Fixture::start("lifecycle")?;
+    let mut session = Session::start(&[fixture.pid()], &[])?;
+    let others = Session::start(&[other.pid()], &[])?;
+    fixture.tell("leak 10 1000")?;
+    // Stopped, the tracer cannot follow until the other one is gone.
+    session.running().signal(libc::SIGSTOP)?;
+    fixture.tell("main_exit")?;
+    others.stop()?;
+    let dropped = host::breakpoints(living_thread(fixture.pid())?)? == 0;
+    fixture.tell("leak 10 1000")?;
+    session.running().signal(libc::SIGCONT)?;
+    ensure!(dropped, "the kernel kept the breakpoints of a process whose first thread has ended: nothing to test");
+    let seen = session.next_report(|report| report["losses"]["probes_dropped_by_kernel"] == 1, PATIENCE)?;
+    assert_eq!(live_in(&seen, "leak_before"), (0, 0), "{}", summary(&seen));
+    assert!(seen["losses"]["distrusted_bytes"].as_u64() >= Some(10_000), "{}", summary(&seen));
+    // From here on it is seen again.
+    fixture.tell("leak 7 100")?;
+    let report = session.stop()?;
+    assert_eq!(live_in(&report, "leak_before"), (700, 7), "{}", summary(&report));
+    Ok(())
+}
+
+/// A thread of the process that has not ended.
+fn living_thread(pid: u32) -> Result<u32> {
+    let mut living = None;
+    host::wait_until(PATIENCE, || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let mut tids: Vec<u32> = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect();
+        // Other than the first one, which is about to be a zombie where this is asked.
+        tids.retain(|&tid| tid != pid && fs::read(format!("/proc/{tid}/maps")).is_ok_and(|maps| !maps.is_empty()));
+        living = tids.last().copied();
+        tids.len() == 1
+    });
+    living.context("no thread lives")
+}
+
 /// Hundreds of threads that start, leave a block, free another and end, one by one and at once, lose nothing.
 #[test]
 fn threads_in_bulk() -> Result<()> {

@@ -1,15 +1,16 @@
 //! Programs of the system that nobody prepared, under load and made to leak, in real time and at the defaults.
 
 use std::ffi::OsStr;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use leaktrace_tests::host::{can_trace, program};
+use leaktrace_tests::host::{can_trace, program, wait_until};
 use leaktrace_tests::{Leaktrace, Outcome, PATIENCE, Together, stacks, summary};
 use serde_json::Value;
 
@@ -17,6 +18,8 @@ static SCENARIOS: Together = Together::new(&[
     ("python_under_load", python_under_load_scenario),
     ("python_made_to_leak", python_made_to_leak_scenario),
     ("sqlite_under_load", sqlite_under_load_scenario),
+    ("redis_under_load", redis_under_load_scenario),
+    ("redis_made_to_grow", redis_made_to_grow_scenario),
     ("perl_made_to_grow", perl_made_to_grow_scenario),
 ]);
 
@@ -128,12 +131,12 @@ fn sqlite_under_load() -> Result<()> {
     run("sqlite_under_load", "sqlite3")
 }
 
-/// sqlite3 in memory, fed with statements; killed when dropped.
-struct Sqlite {
+/// A program that runs beside the tracer; killed when dropped.
+struct Server {
     child: Child,
 }
 
-impl Drop for Sqlite {
+impl Drop for Server {
     fn drop(&mut self) {
         // Both fail only when it has ended already.
         let _ = self.child.kill();
@@ -160,7 +163,7 @@ fn sqlite_under_load_scenario() -> Result<()> {
     let sqlite = program("sqlite_under_load", "sqlite3").context("no sqlite3")?;
     let mut command = Command::new(sqlite);
     command.arg(":memory:").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut sqlite = Sqlite { child: command.spawn().context("failed to start sqlite3")? };
+    let mut sqlite = Server { child: command.spawn().context("failed to start sqlite3")? };
     let stdin = sqlite.child.stdin.take().context("no standard input")?;
     let rounds = Arc::new(AtomicU64::new(0));
     let feeder = thread::spawn({
@@ -175,6 +178,117 @@ fn sqlite_under_load_scenario() -> Result<()> {
     let rounds = rounds.load(Ordering::Relaxed);
     ensure!(rounds > 100, "sqlite3 did only {rounds} rounds");
     ensure_clean(&outcome)
+}
+
+/// redis-server, whose allocator is Debian's libjemalloc, under a load of many kinds of values in a bounded set of keys: no finding.
+#[test]
+fn redis_under_load() -> Result<()> {
+    run("redis_under_load", "redis-server")
+}
+
+/// redis-server with keys that only become more, 100 KB/s: found, with its rate.
+#[test]
+fn redis_made_to_grow() -> Result<()> {
+    run("redis_made_to_grow", "redis-server")
+}
+
+/// redis-server on a socket of its own, in memory only.
+struct Redis {
+    server: Server,
+    folder: tempfile::TempDir,
+}
+
+impl Redis {
+    fn start() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let mut command = Command::new(program("redis", "redis-server").context("no redis-server")?);
+        command
+            .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"])
+            .arg(folder.path().join("socket"));
+        command.arg("--dir").arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let redis = Self { server: Server { child: command.spawn().context("failed to start redis-server")? }, folder };
+        ensure!(wait_until(PATIENCE, || redis.connect().is_ok()), "redis-server does not listen");
+        Ok(redis)
+    }
+
+    fn connect(&self) -> Result<UnixStream> {
+        let stream = UnixStream::connect(self.folder.path().join("socket"))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    }
+
+    /// Runs `client`, which is to end with an error once redis is gone, and leaktrace beside it.
+    fn watched(
+        self,
+        duration: Duration,
+        client: impl FnOnce(UnixStream) -> Result<()> + Send + 'static,
+    ) -> Result<Outcome> {
+        let stream = self.connect()?;
+        let client = thread::spawn(move || client(stream));
+        let outcome = watch(duration)?.arg("-p").arg(self.server.child.id().to_string()).run(duration + PATIENCE)?;
+        ensure!(!client.is_finished(), "the client ended early: {:?}", client.join().map(Result::err));
+        drop(self);
+        ensure!(client.join().is_ok(), "the client panicked");
+        Ok(outcome)
+    }
+}
+
+/// Sends commands and takes as many replies, each of one line.
+fn pipeline(stream: &mut BufReader<UnixStream>, commands: &[String]) -> Result<()> {
+    let text: String = commands.iter().flat_map(|command| [command, "\r\n"]).collect();
+    stream.get_mut().write_all(text.as_bytes())?;
+    let mut line = String::new();
+    for command in commands {
+        line.clear();
+        ensure!(stream.read_line(&mut line)? > 0, "redis has closed the connection");
+        ensure!(!line.starts_with('-'), "{command:.80}: {line}");
+    }
+    Ok(())
+}
+
+fn redis_under_load_scenario() -> Result<()> {
+    let load = |stream| {
+        let mut stream = BufReader::new(stream);
+        for round in 0_u64.. {
+            // Sizes and keys that do not come in step with each other; 2,000 keys of each kind, all there within two seconds.
+            let commands: Vec<String> = (0..100_u64)
+                .flat_map(|n| {
+                    let mixed = (100 * round + n).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+                    let (key, size) = (mixed % 2000, 20 + mixed / 2000 % 3000);
+                    let value = "x".repeat(size as usize);
+                    [
+                        format!("SET string:{key} {value}"),
+                        format!("STRLEN string:{}", (key + 7) % 2000),
+                        format!("HSET hash:{} {} {value:.200}", key % 50, key / 50),
+                        format!("LPUSH list:{} {value:.100}", key % 50),
+                        format!("LTRIM list:{} 0 40", key % 50),
+                        format!("DEL string:{}", (key + 1) % 2000),
+                    ]
+                })
+                .collect();
+            pipeline(&mut stream, &commands)?;
+        }
+        Ok(())
+    };
+    ensure_clean(&Redis::start()?.watched(WITHOUT_FINDING, load)?)
+}
+
+fn redis_made_to_grow_scenario() -> Result<()> {
+    let grow = |stream| {
+        let mut stream = BufReader::new(stream);
+        let value = "x".repeat(2000);
+        let start = Instant::now();
+        // Paced by the clock, so that it grows as fast on a busy machine.
+        for n in 0_u32.. {
+            let at = start + Duration::from_millis(20) * n;
+            thread::sleep(at.saturating_duration_since(Instant::now()));
+            pipeline(&mut stream, &[format!("SET key:{n} {value}")])?;
+        }
+        Ok(())
+    };
+    // Keys, entries and headers of the strings come on top of the values: some 5 %.
+    ensure_leak(&Redis::start()?.watched(TO_VERDICT, grow)?, 105_000.0)?;
+    Ok(())
 }
 
 /// perl with an array that only grows, 100 KB/s of strings: found, with its rate.

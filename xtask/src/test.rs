@@ -19,8 +19,8 @@ use crate::setup::setup;
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
-const SYSTEM_PROGRAMS: [(&str, &str); 4] =
-    [("c++", "g++"), ("python3", "python3"), ("sqlite3", "sqlite3"), ("gdb", "gdb")];
+const SYSTEM_PROGRAMS: [(&str, &str); 5] =
+    [("c++", "g++"), ("python3", "python3"), ("sqlite3", "sqlite3"), ("redis-server", "redis-server"), ("gdb", "gdb")];
 
 /// Checks formatting and lints, host and BPF side.
 pub fn lint() -> Result<()> {

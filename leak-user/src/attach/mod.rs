@@ -5,6 +5,7 @@
 mod btf;
 mod elements;
 mod floor;
+mod hold;
 mod ranges;
 mod sys;
 
@@ -23,9 +24,9 @@ use btf::Btf;
 pub use floor::Floor;
 use leak_common::op;
 use leak_common::unwind::Range;
-pub(crate) use sys::lookup_and_delete;
 use ranges::{Ranges, Rows};
 use sys::Hook;
+pub(crate) use sys::lookup_and_delete;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 
 use crate::ring::page_size;
@@ -95,7 +96,16 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { min_size: 0, max_size: u64::MAX, kernel_ring: false, mappings: true, kind: None, tables: true, rows: 2 << 20, mapping_hook: None }
+        Self {
+            min_size: 0,
+            max_size: u64::MAX,
+            kernel_ring: false,
+            mappings: true,
+            kind: None,
+            tables: true,
+            rows: 2 << 20,
+            mapping_hook: None,
+        }
     }
 }
 
@@ -213,7 +223,8 @@ impl Programs {
         let offset = |of, member| btf.as_ref().and_then(|btf| btf.member(of, member)).unwrap_or(0);
         let mut offsets = RETURN_PROBE_MEMBERS.map(|(of, member)| offset(of, member));
         // The first tells whether all are known; the stack and the list may well stand at zero.
-        let known = btf.as_ref().is_some_and(|btf| RETURN_PROBE_MEMBERS.iter().all(|(of, m)| btf.member(of, m).is_some()));
+        let known =
+            btf.as_ref().is_some_and(|btf| RETURN_PROBE_MEMBERS.iter().all(|(of, m)| btf.member(of, m).is_some()));
         if !known {
             offsets[0] = 0;
         }
@@ -353,17 +364,16 @@ impl Programs {
     }
 
     /// Writes rows of unwind tables, from the element `first` of the map on.
-    pub fn write_rows(&mut self, first: u32, rows: &[u64]) -> Result<()> {
-        self.rows.0.write(first, rows).context("failed to write unwind tables")
+    pub fn write_rows(&mut self, first: u32, rows: &[u64]) -> std::io::Result<()> {
+        self.rows.0.write(first, rows)
     }
 
     /// Tells where the code of a traced process is. The new ranges take effect all at once.
     pub fn set_target(&mut self, tgid: u32, ranges: &[Range]) -> Result<()> {
-        let target = self.ranges.replace(tgid, ranges).with_context(|| format!("failed to tell the code of pid {tgid}"))?;
+        let target =
+            self.ranges.replace(tgid, ranges).with_context(|| format!("failed to tell the code of pid {tgid}"))?;
         let value = [target.first_range, target.ranges, target.trampoline as u32, (target.trampoline >> 32) as u32];
-        self.targets
-            .insert(tgid, value, 0)
-            .with_context(|| format!("failed to add pid {tgid} to the traced processes"))
+        self.targets.insert(tgid, value, 0).with_context(|| format!("failed to add pid {tgid} to the traced processes"))
     }
 
     /// Puts probes into a file for one process.

@@ -170,7 +170,8 @@ const FETCH: i32 = 1;
 /// Whether the kernel has atomic operations with a result (5.12), found by loading one.
 pub fn has_fetch_add() -> bool {
     // r1 = 0; *(u64 *)(r10 - 8) = r1; r1 = atomic_fetch_add((u64 *)(r10 - 8), r1); r0 = 0; exit
-    let code = [(0xb7, 1, 0, 0, 0), (0x7b, 10, 1, -8, 0), (ATOMIC, 10, 1, -8, FETCH), (0xb7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0)];
+    let code =
+        [(0xb7, 1, 0, 0, 0), (0x7b, 10, 1, -8, 0), (ATOMIC, 10, 1, -8, FETCH), (0xb7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0)];
     let instructions = code.map(|(code, dst, src, off, imm)| {
         // SAFETY: plain integers, for which zero is a valid value.
         let mut instruction: bpf_insn = unsafe { std::mem::zeroed() };
@@ -277,6 +278,18 @@ pub fn perf_uprobe(
     tgid: u32,
     at_return: bool,
 ) -> io::Result<OwnedFd> {
+    let event = perf_event(file, offset, tgid, at_return)?;
+    for (request, argument) in [(PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()), (PERF_EVENT_IOC_ENABLE, 0)] {
+        // SAFETY: both requests take an integer.
+        if unsafe { libc::ioctl(event.as_raw_fd(), request, argument) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(event)
+}
+
+/// A uprobe as a perf event that is never enabled: a breakpoint in the memory of this thread, and nothing more.
+pub fn perf_event(file: &Path, offset: u64, tgid: u32, at_return: bool) -> io::Result<OwnedFd> {
     let path = CString::new(file.as_os_str().as_bytes())?;
     let mut attr = [0_u64; 16];
     // struct perf_event_attr, PERF_ATTR_SIZE_VER6: type and size, config, sample_period, ..., config1 (uprobe_path) at
@@ -284,6 +297,8 @@ pub fn perf_uprobe(
     attr[0] = u64::from(uprobe_type()?) | (120 << 32);
     attr[1] = if at_return { return_bit()? } else { 0 };
     attr[2] = 1;
+    // The first of the flags at byte 40: disabled.
+    attr[5] = 1;
     attr[7] = path.as_ptr() as u64;
     attr[8] = offset;
     let pid = if tgid == 0 { -1 } else { tgid as i32 };
@@ -293,14 +308,7 @@ pub fn perf_uprobe(
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    let event = fd(result);
-    for (request, argument) in [(PERF_EVENT_IOC_SET_BPF, program.as_raw_fd()), (PERF_EVENT_IOC_ENABLE, 0)] {
-        // SAFETY: both requests take an integer.
-        if unsafe { libc::ioctl(event.as_raw_fd(), request, argument) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(event)
+    Ok(fd(result))
 }
 
 const PERF_FLAG_FD_CLOEXEC: u64 = 8;

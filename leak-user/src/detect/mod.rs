@@ -48,7 +48,7 @@ mod process;
 mod stack;
 mod stats;
 
-pub use process::{Hint, ProcessJudgement, ProcessVerdict, StackSummary, judge_process};
+pub use process::{Hint, ProcessJudgement, ProcessVerdict, Sample, StackSummary, judge_process};
 pub use stack::{Evidence, Growth, Judgement, MIN_WATCH, Verdict, judge};
 
 #[cfg(test)]

@@ -74,8 +74,8 @@ impl Simulation {
 
     /// The block as realloc leaves it: another size, the same birth.
     pub fn realloc(&mut self, block: Block, bytes: u64) -> Block {
-        self.free(block);
         self.history.born(self.window(), block.birth, bytes);
+        self.free(block);
         Block { bytes, ..block }
     }
 

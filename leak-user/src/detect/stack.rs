@@ -18,6 +18,13 @@ const RECENT: usize = 18;
 /// cohorts stay keeps them out.
 const RISES: f64 = 2.5;
 
+/// So much of itself the recent floor must have risen by for a stack to be waited for that may grow but has shown too few blocks:
+/// a cache at its high-water mark, which takes a few blocks more once in a while, is steady.
+const NOTABLE_RISE: f64 = 0.02;
+
+/// At most so much of a rise comes in a single window where it goes on. One step in a flat floor passes the test of a trend.
+const LARGEST_STEP: f64 = 0.6;
+
 /// Of the settled blocks at least exp(-this) have to be expected to outlive the time watched.
 const MAX_HAZARD: f64 = 0.3;
 
@@ -119,7 +126,7 @@ fn judge_rolled(history: &History) -> Judgement {
             Outcome::Steady => {}
         }
     }
-    let verdict = if waits && recent.z() >= RISES { Verdict::Warming } else { rest(history) };
+    let verdict = if waits && recent.rises_notably() { Verdict::Warming } else { rest(history) };
     Judgement { verdict, growth: None, evidence }
 }
 
@@ -134,6 +141,7 @@ enum Outcome {
 /// How the floor moved within the last [`RECENT`] base windows.
 struct RecentFloor {
     floor_z: f64,
+    floor: Vec<f64>,
     /// The same for blocks older than [`AGED`]: free of the noise of short-lived ones.
     aged_z: f64,
     aged: Vec<f64>,
@@ -141,10 +149,10 @@ struct RecentFloor {
 
 impl RecentFloor {
     fn of(history: &History) -> Self {
-        let floors = as_f64(&history.floors(0));
+        let floor = as_f64(last(&history.floors(0), RECENT));
         // What stops growing still ages for so long.
         let aged = as_f64(last(&history.aged_bytes(), RECENT - AGED as usize));
-        Self { floor_z: rise(last(&floors, RECENT)), aged_z: rise(&aged), aged }
+        Self { floor_z: rise(&floor), floor, aged_z: rise(&aged), aged }
     }
 
     fn z(&self) -> f64 {
@@ -153,6 +161,14 @@ impl RecentFloor {
 
     fn rises(&self) -> bool {
         self.z() >= RISES && self.floor_z.min(self.aged_z) > -1.0
+    }
+
+    /// Whether it rises by an amount, and in steps, that no steady stack shows.
+    fn rises_notably(&self) -> bool {
+        [(self.floor_z, &self.floor), (self.aged_z, &self.aged)].into_iter().any(|(z, values)| {
+            let (from, to) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
+            z >= RISES && to - from >= NOTABLE_RISE * to && largest_step(values) <= LARGEST_STEP * (to - from)
+        })
     }
 
     /// Base windows that [`Self::aged_rise`] is taken over.
@@ -363,8 +379,7 @@ fn container_growth(history: &History, level: usize, floors: &[f64]) -> Option<G
     let first_up = steps.iter().position(|step| *step > 0.0)?;
     let spread = (steps.len() - first_up) as Window * length;
     let (from, to) = (floors.first()?, floors.last()?);
-    let highest = steps.iter().copied().fold(0.0, f64::max);
-    if spread < RECENT as Window || *to < 1.25 * from || highest > 0.6 * (to - from) {
+    if spread < RECENT as Window || *to < 1.25 * from || largest_step(floors) > LARGEST_STEP * (to - from) {
         return None;
     }
     let (mean, (low, high)) = mean_with_interval(&steps);
@@ -392,6 +407,11 @@ fn rest(history: &History) -> Verdict {
     let was = history.series().into_iter().filter(|(end, _)| *end >= settled && history.now() - end <= 600);
     let lowest = was.map(|(_, floor)| floor).min().unwrap_or(floor);
     if (lowest as f64) < 0.7 * floor as f64 { Verdict::Plateau } else { Verdict::Stable }
+}
+
+/// The most that a value is above the one before it.
+fn largest_step(values: &[f64]) -> f64 {
+    values.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max)
 }
 
 fn as_f64(values: &[u64]) -> Vec<f64> {

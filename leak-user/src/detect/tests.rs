@@ -231,6 +231,47 @@ fn spikes_and_steady_stacks_are_told_apart() {
     assert_eq!(judge(&History::new(0), 40).verdict, Verdict::Stable);
 }
 
+/// A full cache that takes a few more entries once in a while, to stay, is steady; a slow leak that is not decided yet is waited for
+/// (the cache was called warming as well).
+#[test]
+fn a_high_water_mark_is_no_reason_to_wait() {
+    let mut waited = 0;
+    for seed in 0..200 {
+        let mut cache = Simulation::new(seed);
+        let (pages, mut pause) = (cache.rng.random_range(500..2000), cache.rng.random_range(8.0..20.0));
+        let mut next = cache.rng.random_range(5.0..20.0);
+        let mut churn = churn(200.0, 0.1, Sizes::All(4096));
+        let mut program: Program = Box::new(move |simulation| {
+            if simulation.time() == 0.0 {
+                for _ in 0..pages {
+                    simulation.alloc(4096);
+                }
+            }
+            if simulation.time() >= next {
+                next += pause;
+                // Records get rarer.
+                pause *= 1.8;
+                for _ in 0..simulation.rng.random_range(1..=pages / 150) {
+                    simulation.alloc(4096);
+                }
+            }
+            churn(simulation);
+        });
+        let mut slow = Simulation::new(seed);
+        let mut slow_leak = regular_leak(6.0, 4096, slow.rng.random_range(0.0..6.0));
+        for time in (MIN_WATCH..75).step_by(3) {
+            cache.run_to(time, &mut program);
+            slow.run_to(time, &mut slow_leak);
+            let judged = judge(&cache.history, time);
+            assert!(matches!(judged.verdict, Verdict::Stable | Verdict::Plateau), "seed {seed}, {time} s: {judged:?}");
+            let judged = judge(&slow.history, time);
+            assert_ne!(judged.verdict, Verdict::Stable, "seed {seed}, {time} s: {judged:?}");
+            waited += u32::from(judged.verdict == Verdict::Warming);
+        }
+    }
+    assert!(waited > 200, "{waited}");
+}
+
 /// Before [`MIN_WATCH`] windows the verdict is always warming, even for the fastest leak, whenever the stack came up;
 /// with them that leak is called growing.
 #[test]

@@ -92,6 +92,8 @@ impl Outcome {
 #[derive(Debug)]
 pub struct Discovery {
     pid: u32,
+    /// The thread whose memory is looked at, [`crate::process::Process::through`].
+    through: u32,
     kernel: Emulation,
     /// Files that have been looked into, by what the mappings call them. Those of allocators are open, so their inode stays
     /// their own; the others are forgotten once they are no longer mapped.
@@ -112,7 +114,19 @@ struct Known {
 impl Discovery {
     /// Nothing is looked into yet.
     pub fn new(pid: u32) -> Self {
-        Self { pid, kernel: Emulation::of_this_kernel(), known: HashMap::new(), digest: None, text: Vec::new() }
+        Self {
+            pid,
+            through: pid,
+            kernel: Emulation::of_this_kernel(),
+            known: HashMap::new(),
+            digest: None,
+            text: Vec::new(),
+        }
+    }
+
+    /// From now on looks at the process's memory through this thread of it: the first one may have ended.
+    pub fn look_through(&mut self, tid: u32) {
+        self.through = tid;
     }
 
     /// Looks into the files that were mapped since the last time, and returns the allocators among them. While nothing
@@ -123,7 +137,7 @@ impl Discovery {
     pub fn refresh(&mut self) -> Result<Vec<AllocatorFile>, process::Error> {
         let mut text = std::mem::take(&mut self.text);
         text.clear();
-        let read = File::open(format!("/proc/{}/maps", self.pid)).and_then(|mut maps| maps.read_to_end(&mut text));
+        let read = File::open(format!("/proc/{}/maps", self.through)).and_then(|mut maps| maps.read_to_end(&mut text));
         read.map_err(|e| process::Error::reading(self.pid, "memory mappings", e))?;
         let mapped: Vec<_> = maps::parse(&text).filter(|m| m.executable && m.file.is_some()).collect();
         let digest = digest(&mapped);
@@ -141,7 +155,7 @@ impl Discovery {
         for mapping in mapped {
             let Some(id) = mapping.file.filter(|id| !self.known.contains_key(id)) else { continue };
             let path = mapping.display_path();
-            let (outcome, allocator) = match mapping.open(self.pid) {
+            let (outcome, allocator) = match mapping.open(self.through) {
                 Ok(file) => look_into(file, &path, self.kernel),
                 Err(error) => (Outcome::Unreadable(error.to_string()), None),
             };

@@ -112,9 +112,6 @@ pub struct History {
     freed_bytes: u64,
     /// The fewest live bytes so far in the window of each level that is still open.
     floor: [u64; LEVELS],
-    /// The floor before the latest release and that block's birth: what realloc releases only to allocate anew was never
-    /// out of use.
-    before_release: (u64, Window),
     /// The highest floor of any base window, and which.
     peak: (u64, Window),
     /// Closed floors, in rings like the cohorts.
@@ -142,7 +139,6 @@ impl History {
             allocated_bytes: 0,
             freed_bytes: 0,
             floor: [0; LEVELS],
-            before_release: (0, Window::MAX),
             peak: (0, now),
             floors: [0; SLOTS],
             aged: [0; FINE],
@@ -156,8 +152,8 @@ impl History {
     }
 
     /// A block of `bytes` came to life in window `now`. `birth` is earlier than `now` for a block that realloc carried
-    /// over: it keeps the birth of the block it replaces, whose [`Self::died`] is reported too, just before where both
-    /// belong to this stack.
+    /// over: it keeps the birth of the block it replaces, whose [`Self::died`] is reported too, just after this, so that the
+    /// floor does not dip for what was in use all the time.
     ///
     /// A `now` before the open window counts as the open window.
     #[inline]
@@ -176,15 +172,9 @@ impl History {
         if since_start < SETUP {
             self.setup[since_start as usize] += 1;
         }
-        if birth < now {
-            if since_start >= SETUP {
-                self.releases[class_of_age(self.now.saturating_sub(birth))] -= 1;
-            }
-            if self.before_release.1 == birth {
-                self.floor[0] = self.before_release.0.min(self.live_bytes);
-            }
+        if birth < now && since_start >= SETUP {
+            self.releases[class_of_age(self.now.saturating_sub(birth))] -= 1;
         }
-        self.before_release.1 = Window::MAX;
     }
 
     /// A block of `bytes`, born in window `birth`, was released in window `now`.
@@ -196,7 +186,6 @@ impl History {
         self.live_bytes = self.live_bytes.saturating_sub(bytes);
         self.freed_bytes = self.freed_bytes.saturating_add(bytes);
         self.live_count = self.live_count.saturating_sub(1);
-        self.before_release = (self.floor[0], birth);
         if self.live_bytes < self.floor[0] {
             self.floor[0] = self.live_bytes;
         }
@@ -236,7 +225,6 @@ impl History {
             *open = floor.min(*open);
         }
         self.now = closed + 1;
-        self.before_release.1 = Window::MAX;
         for level in (0..LEVELS).rev() {
             let shift = 2 * level;
             if self.now.trailing_zeros() < shift as u32 {
@@ -577,8 +565,8 @@ mod tests {
         let mut history = History::new(0);
         history.born(0, 0, 100);
         for now in 1..20 {
-            history.died(now, 0, 100 * u64::from(now));
             history.born(now, 0, 100 * (u64::from(now) + 1));
+            history.died(now, 0, 100 * u64::from(now));
         }
         history.roll(20);
         assert_eq!(history.oldest_birth(), Some(0));

@@ -44,7 +44,17 @@ impl Ring {
 
     /// Bytes that wait to be taken.
     pub fn pending(&self) -> u64 {
-        self.producer.word().load(Ordering::Acquire).wrapping_sub(self.position)
+        self.end().wrapping_sub(self.position)
+    }
+
+    /// Where the next record will be put: behind all for which the kernel has handed out a place by now.
+    pub fn end(&self) -> u64 {
+        self.producer.word().load(Ordering::Acquire)
+    }
+
+    /// Up to where records have been taken.
+    pub fn position(&self) -> u64 {
+        self.position
     }
 
     /// The ring's size in bytes.
@@ -52,10 +62,9 @@ impl Ring {
         self.size
     }
 
-    /// Hands records to `each`, oldest first and several at a time, up to those that were there at the time of the call.
-    /// Ends early at a record that is still being written. Returns how many there were.
-    pub fn drain(&mut self, mut each: impl FnMut(&[&[u8]])) -> u64 {
-        let end = self.producer.word().load(Ordering::Acquire);
+    /// Hands records to `each`, oldest first and several at a time, up to [`Self::end`] as it was at some time. Ends early at
+    /// a record that is still being written. Returns how many there were.
+    pub fn drain(&mut self, end: u64, mut each: impl FnMut(&[&[u8]])) -> u64 {
         let mut records = 0;
         let mut position = self.position;
         let mut batch = Vec::with_capacity(BATCH);

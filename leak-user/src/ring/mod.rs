@@ -51,12 +51,28 @@ impl Ring {
         }
     }
 
-    /// Hands records to `each`, oldest first and several at a time, up to those that were there at the time of the call.
-    /// Ends early at a record that is still being written. Returns how many there were.
-    pub fn drain(&mut self, each: impl FnMut(&[&[u8]])) -> u64 {
+    /// Where the next record will be put: behind all for which a place has been handed out by now.
+    pub fn end(&self) -> u64 {
         match self {
-            Self::Shared(ring) => ring.drain(each),
-            Self::Kernel(ring) => ring.drain(each),
+            Self::Shared(ring) => ring.end(),
+            Self::Kernel(ring) => ring.end(),
+        }
+    }
+
+    /// Up to where records have been taken.
+    pub fn position(&self) -> u64 {
+        match self {
+            Self::Shared(ring) => ring.position(),
+            Self::Kernel(ring) => ring.position(),
+        }
+    }
+
+    /// Hands records to `each`, oldest first and several at a time, up to [`Self::end`] as it was at some time. Ends early at
+    /// a record that is still being written. Returns how many there were.
+    pub fn drain(&mut self, end: u64, each: impl FnMut(&[&[u8]])) -> u64 {
+        match self {
+            Self::Shared(ring) => ring.drain(end, each),
+            Self::Kernel(ring) => ring.drain(end, each),
         }
     }
 }

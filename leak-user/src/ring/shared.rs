@@ -43,18 +43,23 @@ impl Ring {
         unsafe { self.positions.start.byte_add(offset).cast::<AtomicU64>().as_ref() }
     }
 
-    fn producer(&self) -> u64 {
+    /// See [`super::Ring::end`].
+    pub fn end(&self) -> u64 {
         self.position_word(std::mem::offset_of!(Positions, producer)).load(Ordering::Acquire)
     }
 
     /// Bytes that wait to be taken.
     pub fn pending(&self) -> u64 {
-        self.producer().wrapping_sub(self.position)
+        self.end().wrapping_sub(self.position)
+    }
+
+    /// See [`super::Ring::position`].
+    pub fn position(&self) -> u64 {
+        self.position
     }
 
     /// See [`super::Ring::drain`].
-    pub fn drain(&mut self, mut each: impl FnMut(&[&[u8]])) -> u64 {
-        let end = self.producer();
+    pub fn drain(&mut self, end: u64, mut each: impl FnMut(&[&[u8]])) -> u64 {
         let mut records = 0;
         let mut batch = Vec::with_capacity(BATCH);
         while self.position < end {

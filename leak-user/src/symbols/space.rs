@@ -137,6 +137,12 @@ impl Space {
         Self { pid, ..self.clone() }
     }
 
+    /// The process's memory is seen through this thread of it from now on.
+    pub fn look_through(&mut self, tid: u32) {
+        self.pid = tid;
+        self.expired = true;
+    }
+
     /// The mappings may have changed.
     pub fn expire(&mut self) {
         self.expired = true;

@@ -2,6 +2,7 @@
 //! tells the tracer of the few that ask for something to be done. It never waits for anybody: while a report is being
 //! made, the ring is still emptied.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufWriter;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,9 +14,9 @@ use anyhow::{Context as _, Result};
 use leak_common::counter;
 use tokio::sync::mpsc;
 
-use crate::decode::{Event, What, decode};
+use crate::decode::{Event, StackEnd, What, decode};
 use crate::ledger::Ledger;
-use crate::losses::{Losses, monotonic_now};
+use crate::losses::{Losses, MissedFree, monotonic_now};
 use crate::recording::{self, Entry};
 use crate::ring::Ring;
 
@@ -26,15 +27,27 @@ const PAUSE: Duration = Duration::from_millis(4);
 /// How often the loss counters are read when nothing hints at a loss.
 const COUNTERS_EVERY: Duration = Duration::from_millis(100);
 
+/// How long a record that was begun may take to be finished; its program is preempted at worst.
+const UNFINISHED: Duration = Duration::from_millis(200);
+
 /// Something in the stream that asks for more than arithmetic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A stack was seen for the first time: take down where its code is while the process lives.
-    Stack { tgid: u32, frames: Vec<u64> },
+    Stack { tgid: u32, end: StackEnd, frames: Vec<u64> },
     /// A process executed a new program; `tid` is the thread that did.
     Exec { tgid: u32, tid: u32 },
     /// A process mapped code.
     MapExec { tgid: u32 },
+    /// The first thread of a process ended; others may go on.
+    LeaderExit { tgid: u32 },
+}
+
+/// What did not come through the ring.
+struct Lost {
+    frees: Vec<MissedFree>,
+    /// Frees, or changes of mappings, that nothing is known of.
+    for_good: bool,
 }
 
 /// How many notices may wait. Beyond that they are dropped and counted: stacks then get their names later, and the slow
@@ -51,6 +64,8 @@ pub struct Core {
     pub undecodable: u64,
     /// Notices that nobody took in time.
     pub notices_dropped: u64,
+    /// How often the kernel removed probes from a process by itself.
+    pub probes_dropped: u64,
     ring: Ring,
     recording: Option<recording::Writer<BufWriter<File>>>,
     /// Why the recording ended early.
@@ -59,6 +74,8 @@ pub struct Core {
     kept_aside: u64,
     lost: u64,
     counters_read: Instant,
+    /// The kernel side's counters when the trace was cut; nothing is taken from the ring after that.
+    cut: Option<BTreeMap<String, u64>>,
 }
 
 impl Core {
@@ -75,6 +92,7 @@ impl Core {
             records: 0,
             undecodable: 0,
             notices_dropped: 0,
+            probes_dropped: 0,
             ring,
             recording,
             recording_error: None,
@@ -82,6 +100,7 @@ impl Core {
             kept_aside: 0,
             lost: 0,
             counters_read: Instant::now(),
+            cut: None,
         };
         (core, receiver)
     }
@@ -92,32 +111,76 @@ impl Core {
         recording::apply(&mut self.ledger, entry);
     }
 
+    /// The kernel removed probes by itself, and they stand again: what was freed meanwhile nobody knows.
+    pub fn probes_dropped(&mut self) {
+        self.probes_dropped += 1;
+        self.collect();
+        self.tell(Entry::Distrust { time: monotonic_now() });
+    }
+
     /// Takes all that is in the ring by now, and what the kernel kept aside while it was full.
     pub fn collect(&mut self) {
-        let crowded = self.ring.pending() > self.ring.size() / 2;
-        if !crowded && self.counters_read.elapsed() < COUNTERS_EVERY {
-            self.drain();
+        if self.cut.is_some() {
             return;
         }
+        let crowded = self.ring.pending() > self.ring.size() / 2;
+        if !crowded && self.counters_read.elapsed() < COUNTERS_EVERY {
+            self.drain(self.ring.end());
+            return;
+        }
+        // First what was lost, then the ring: all records from before a kept free are then applied before it is.
+        let lost = self.take_lost();
+        self.drain(self.ring.end());
+        self.apply_lost(lost);
+    }
+
+    /// Takes the frees that were kept aside, and notes whether anything was lost for good.
+    fn take_lost(&mut self) -> Lost {
         self.counters_read = Instant::now();
         let kept_aside = self.losses.get(counter::RING_FULL_FREE);
         let lost = self.losses.get(counter::FREE_LOST) + self.losses.get(counter::RING_FULL_OTHER);
-        // The overflow map first, then the ring: all records from before a kept free are then applied before it is.
-        let missed = if kept_aside == self.kept_aside { Vec::new() } else { self.losses.drain_missed() };
+        let frees = if kept_aside == self.kept_aside { Vec::new() } else { self.losses.drain_missed() };
         self.kept_aside = kept_aside;
-        self.drain();
-        for free in missed {
+        Lost { frees, for_good: std::mem::replace(&mut self.lost, lost) != lost }
+    }
+
+    fn apply_lost(&mut self, lost: Lost) {
+        for free in lost.frees {
             self.tell(Entry::MissedFree { tgid: free.tgid, addr: free.addr, time: free.time });
         }
-        if lost != self.lost {
-            self.lost = lost;
+        if lost.for_good {
             self.tell(Entry::Distrust { time: monotonic_now() });
         }
     }
 
-    fn drain(&mut self) {
+    /// The end of the trace, to be called while all probes still stand: takes what has happened by now and nothing that
+    /// comes later. The kernel removes breakpoints one by one, so what is seen meanwhile does not fit together: blocks
+    /// would come whose release is no longer seen. Up to here, in contrast, every release was.
+    pub fn cut(&mut self) {
+        if self.cut.is_some() {
+            return;
+        }
+        let end = self.ring.end();
+        let start = Instant::now();
+        self.drain(end);
+        while self.ring.position() < end && start.elapsed() < UNFINISHED {
+            std::thread::yield_now();
+            self.drain(end);
+        }
+        // What was kept aside since the ring's end was read is a free too many at worst, never one too few.
+        let lost = self.take_lost();
+        self.apply_lost(lost);
+        self.cut = Some(self.losses.counters());
+    }
+
+    /// The kernel side's counters, as of the cut if there was one.
+    pub fn kernel_counters(&self) -> BTreeMap<String, u64> {
+        self.cut.clone().unwrap_or_else(|| self.losses.counters())
+    }
+
+    fn drain(&mut self, end: u64) {
         let Self { ring, ledger, recording, recording_error, notices, undecodable, notices_dropped, .. } = self;
-        self.records += ring.drain(|batch| {
+        self.records += ring.drain(end, |batch| {
             let mut decoded: Vec<Event<'_>> = Vec::with_capacity(batch.len());
             for bytes in batch {
                 record(recording, recording_error, Entry::Record(bytes));
@@ -165,9 +228,10 @@ fn record(
 fn notice(event: &Event<'_>) -> Option<Notice> {
     let tgid = event.tgid;
     match event.what {
-        What::Stack { frames, .. } => Some(Notice::Stack { tgid, frames: frames.iter().collect() }),
+        What::Stack { end, frames, .. } => Some(Notice::Stack { tgid, end, frames: frames.iter().collect() }),
         What::Exec { tid, .. } => Some(Notice::Exec { tgid, tid }),
         What::MapExec { .. } => Some(Notice::MapExec { tgid }),
+        What::Exit { tid, .. } if tid == tgid => Some(Notice::LeaderExit { tgid }),
         _ => None,
     }
 }

@@ -4,6 +4,7 @@
 //! processes and makes reports; a task waits for signals. What the loop does may take long (reading debug information),
 //! and nothing waits for it.
 
+mod code;
 mod collector;
 mod host;
 mod summary;
@@ -22,14 +23,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 
+use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::summary::{Moment, Snapshot};
-use self::target::Target;
+use self::target::{Followed, Target};
 use crate::attach::{Programs, Settings};
-use crate::config::{Config, Target as What};
+use crate::config::{Config, Target as What, Unwind};
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
 use crate::losses::{Losses, monotonic_now};
+use crate::process::ProcessId;
 use crate::recording::{self, Entry};
 use crate::report::{self, Ended, Report};
 use crate::ring::{Ring, page_size};
@@ -111,6 +114,7 @@ struct Run<'a> {
     notices: mpsc::Receiver<Notice>,
     targets: Vec<Target>,
     symbols: Symbols,
+    code: Code,
     command: Option<Spawned>,
     host: report::Host,
     started_at: jiff::Timestamp,
@@ -133,7 +137,8 @@ impl<'a> Run<'a> {
             min_size: config.min_size,
             max_size: config.max_size,
             mappings: config.resources.mmap,
-            tables: false,
+            tables: config.unwind == Unwind::Tables,
+            rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
             ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
@@ -150,6 +155,7 @@ impl<'a> Run<'a> {
             notices,
             targets: Vec::new(),
             symbols: Symbols::new().context("failed to start the symbolizer")?,
+            code: Code::new(settings.tables.then_some(settings.rows)),
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
@@ -171,8 +177,9 @@ impl<'a> Run<'a> {
     /// Starts following a process. With `required`, not finding an allocator in it is an error.
     fn attach(&mut self, mut target: Target, required: bool) -> Result<()> {
         let id = target.id();
+        self.symbols.look_through(id, target.process.through());
         self.symbols.add(id);
-        let brk = program_break(id.tgid);
+        let brk = program_break(target.process.through());
         {
             let mut core = self.collector.core();
             core.tell(Entry::AddProcess { tgid: id.tgid, start_time: id.start_time, time: monotonic_now() });
@@ -180,6 +187,7 @@ impl<'a> Run<'a> {
                 core.tell(Entry::SetBreak { tgid: id.tgid, addr });
             }
         }
+        self.refresh_code(id, target.process.through());
         self.programs.add_target(id.tgid)?;
         let attached = self.attach_allocators(&mut target, required);
         if target.notice_end() {
@@ -189,7 +197,7 @@ impl<'a> Run<'a> {
             attached?;
         }
         log::info!("tracing pid {}", id.tgid);
-        target.sample_rss(0.0);
+        target.sample(0.0, 0);
         self.targets.push(target);
         Ok(())
     }
@@ -212,8 +220,12 @@ impl<'a> Run<'a> {
                 let target = Target::open(tgid)?;
                 self.attach(target, false)
             }
-            Some(target) if self.config.resources.heap => target.attach_new(&self.programs),
-            Some(_) => Ok(()),
+            Some(target) => {
+                if let Err(error) = self.code.refresh(&mut self.programs, target.id(), tgid) {
+                    log::debug!("pid {tgid}: its code cannot be looked at: {error:#}");
+                }
+                if self.config.resources.heap { target.attach_new(&self.programs) } else { Ok(()) }
+            }
         })?;
         self.command = Some(spawned);
         if let Some(target) = self.targets.first_mut() {
@@ -246,12 +258,17 @@ impl<'a> Run<'a> {
                 return Ok(Ended::Interrupted);
             }
             self.take_notices();
+            self.follow_threads(false);
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
                 let at = self.started.elapsed().as_secs_f64();
-                self.targets.iter_mut().for_each(|target| target.sample_rss(at));
-                self.collector.core().tell(Entry::Roll { time: monotonic_now() });
+                let mut core = self.collector.core();
+                for target in &mut self.targets {
+                    let traced = core.ledger.process(target.id().tgid).map_or(0, |process| process.live().bytes);
+                    target.sample(at, traced);
+                }
+                core.tell(Entry::Roll { time: monotonic_now() });
             }
             if now.duration_since(swept) >= SWEEP_EVERY {
                 swept = now;
@@ -280,8 +297,11 @@ impl<'a> Run<'a> {
         let mut mapped: Vec<u32> = Vec::new();
         while let Ok(notice) = self.notices.try_recv() {
             match notice {
-                Notice::Stack { tgid, frames } => {
+                Notice::Stack { tgid, end, frames } => {
                     if let Some(target) = self.targets.iter().find(|target| target.id().tgid == tgid) {
+                        if let Some(outermost) = frames.last() {
+                            self.code.stack_ended(target.id(), end, *outermost);
+                        }
                         self.symbols.note(target.id(), frames);
                     }
                 }
@@ -293,9 +313,17 @@ impl<'a> Run<'a> {
                         }
                     }
                 }
+                Notice::LeaderExit { tgid } => {
+                    if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
+                        target.leader_ended = true;
+                    }
+                }
                 Notice::Exec { tgid, tid } => {
                     if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
                         self.symbols.exec(target.id());
+                        if let Err(error) = self.code.refresh(&mut self.programs, target.id(), target.id().tgid) {
+                            log::debug!("pid {tgid}: its code cannot be looked at: {error:#}");
+                        }
                         if let Err(error) = target.exec(&self.programs, tid == tgid)
                             && !target.notice_end()
                         {
@@ -306,20 +334,51 @@ impl<'a> Run<'a> {
             }
         }
         for target in self.targets.iter_mut().filter(|target| mapped.contains(&target.id().tgid)) {
-            refresh(target, &self.programs, self.config);
+            refresh(target, &mut self.code, &mut self.programs, self.config);
+        }
+        self.code.tend(&mut self.programs);
+    }
+
+    /// Sees to it that the process's stacks can be unwound. Where its mappings cannot be read its stacks end early, and say so.
+    fn refresh_code(&mut self, id: ProcessId, through: u32) {
+        if let Err(error) = self.code.refresh(&mut self.programs, id, through) {
+            log::info!("pid {}: its code cannot be looked at: {error:#}", id.tgid);
+        }
+    }
+
+    /// Goes on by other threads where those by which processes are traced have ended; without `all` only in processes whose
+    /// first thread is known to have.
+    fn follow_threads(&mut self, all: bool) {
+        let Self { targets, symbols, programs, collector, .. } = self;
+        let targets = targets.iter_mut().filter(|target| target.ended.is_none());
+        for target in targets.filter(|target| all || target.process.leader_has_ended() || target.leader_ended) {
+            target.leader_ended = false;
+            let followed = target.follow_threads(programs);
+            match followed {
+                Ok(Followed::AsBefore) => continue,
+                Ok(Followed::Lost) => collector.core().probes_dropped(),
+                Err(error) if !target.notice_end() => {
+                    log::warn!("pid {} may not be traced on: {error:#}", target.id().tgid);
+                    collector.core().probes_dropped();
+                }
+                Ok(Followed::Moved) | Err(_) => {}
+            }
+            symbols.look_through(target.id(), target.process.through());
         }
     }
 
     /// Repairs what no event told of.
     fn sweep(&mut self) {
         self.programs.sync_clock();
+        self.follow_threads(true);
         for target in self.targets.iter_mut().filter(|target| target.ended.is_none()) {
-            refresh(target, &self.programs, self.config);
+            refresh(target, &mut self.code, &mut self.programs, self.config);
         }
     }
 
-    /// Removes every probe and takes what is left in the ring.
+    /// Takes what is left in the ring and removes every probe.
     fn detach(&mut self) {
+        self.collector.core().cut();
         let probes: Vec<_> = self.targets.iter_mut().flat_map(Target::detach).collect();
         let start = Instant::now();
         crate::attach::detach(probes);
@@ -330,7 +389,6 @@ impl<'a> Run<'a> {
             self.programs.remove_target(target.id().tgid);
         }
         let mut core = self.collector.core();
-        core.collect();
         core.tell(Entry::Roll { time: monotonic_now() });
         drop(core);
         self.take_notices();
@@ -347,8 +405,15 @@ impl<'a> Run<'a> {
     fn report(&mut self, ended: Option<Ended>) -> Report {
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
         let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
-        let mode =
-            report::Mode { sampling: report::Sampling::Exact, interval_bytes: None, unwinder: report::Unwinder::Fp };
+        let usage = self.code.usage();
+        let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
+        let mode = report::Mode {
+            sampling: report::Sampling::Exact,
+            interval_bytes: None,
+            unwinder: if self.code.has_tables() { report::Unwinder::Tables } else { report::Unwinder::Fp },
+            unwind_table_bytes: usage.map(|usage| bytes(usage.rows)),
+            unwind_memory_bytes: usage.map(|usage| bytes(usage.capacity)),
+        };
         let mut report = Report::new(mode, self.host.clone());
         let now = Instant::now();
         report.started_at = self.started_at;
@@ -361,6 +426,9 @@ impl<'a> Run<'a> {
         report.events_per_s = (seconds > 0.0).then(|| report.events.saturating_sub(events) as f64 / seconds);
         self.last_report = (report.events, now);
         (report.losses, report.counters) = snapshot.counters();
+        if let Some(pushed_out) = usage.map(|usage| usage.pushed_out).filter(|&count| count > 0) {
+            report.losses.insert("unwind_tables_pushed_out".to_owned(), pushed_out);
+        }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
         report.command = self.describe_command();
@@ -387,7 +455,11 @@ impl<'a> Run<'a> {
 }
 
 /// Attaches to what a process has mapped since the last time.
-fn refresh(target: &mut Target, programs: &Programs, config: &Config) {
+fn refresh(target: &mut Target, code: &mut Code, programs: &mut Programs, config: &Config) {
+    // Its tables first, so that the new code's first allocation has its stack.
+    if let Err(error) = code.refresh(programs, target.id(), target.process.through()) {
+        log::debug!("pid {}: its code cannot be looked at: {error:#}", target.id().tgid);
+    }
     if config.resources.heap
         && let Err(error) = target.attach_new(programs)
         && !target.notice_end()
@@ -397,8 +469,8 @@ fn refresh(target: &mut Target, programs: &Programs, config: &Config) {
 }
 
 /// Where the program break stands: the end of the `[heap]` mapping, which is the break rounded up to a page.
-fn program_break(tgid: u32) -> Option<u64> {
-    let maps = std::fs::read(format!("/proc/{tgid}/maps")).ok()?;
+fn program_break(pid: u32) -> Option<u64> {
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).ok()?;
     crate::discover::maps::parse(&maps).find(|mapping| mapping.path == b"[heap]").map(|mapping| mapping.end)
 }
 

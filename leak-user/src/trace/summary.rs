@@ -68,6 +68,7 @@ pub struct Snapshot {
     records: u64,
     undecodable: u64,
     notices_dropped: u64,
+    probes_dropped: u64,
 }
 
 /// When the ledger is looked at.
@@ -98,10 +99,11 @@ impl Snapshot {
         Self {
             processes,
             counters: core.ledger.counters(),
-            kernel: core.losses.counters(),
+            kernel: core.kernel_counters(),
             records: core.records,
             undecodable: core.undecodable,
             notices_dropped: core.notices_dropped,
+            probes_dropped: core.probes_dropped,
         }
     }
 
@@ -124,6 +126,7 @@ impl Snapshot {
             ("distrusted_bytes", c.distrusted.bytes),
             ("records_undecodable", self.undecodable),
             ("notices_dropped", self.notices_dropped),
+            ("probes_dropped_by_kernel", self.probes_dropped),
             ("frees_of_older_blocks", c.free_of_unknown),
             ("frees_kept_aside_applied", c.missed_free_applied),
             ("frees_kept_aside_stale", c.missed_free_stale),
@@ -140,10 +143,10 @@ impl Snapshot {
         let mut judged = self.processes.iter_mut().find(|(of, _)| *of == tgid).map(|(_, judged)| judged);
         let limit = target.memory_limit.as_ref().map(crate::process::MemoryLimit::bytes);
         let summaries = judged.as_ref().map_or(&[][..], |judged| &judged.summaries);
-        let verdict = detect::judge_process(&target.rss_samples, summaries, limit);
+        let verdict = detect::judge_process(&target.samples, summaries, limit);
         let stacks = judged.as_mut().map_or_else(Vec::new, |judged| std::mem::take(&mut judged.stacks));
         let stacks = stacks.into_iter().map(|stack| stack.report(target, symbols)).collect();
-        let enough = target.rss_samples.len() >= 3;
+        let enough = target.samples.len() >= 3;
         report::Process {
             pid: tgid,
             comm: target.process.comm.clone(),
@@ -161,8 +164,8 @@ impl Snapshot {
             live_bytes: judged.as_ref().map_or(0, |judged| judged.live_bytes),
             live_count: judged.as_ref().map_or(0, |judged| judged.live_count),
             rss: report::Rss {
-                first_bytes: target.rss_samples.first().map(|(_, bytes)| *bytes),
-                last_bytes: target.rss_samples.last().map(|(_, bytes)| *bytes),
+                first_bytes: target.samples.first().map(|sample| sample.resident),
+                last_bytes: target.samples.last().map(|sample| sample.resident),
                 growth_bytes_per_s: enough.then_some(verdict.rss_bytes_per_s),
             },
             explained_growth_ratio: verdict.explained_growth_ratio,

@@ -1,29 +1,63 @@
 //! One traced process: what was found in it, the probes that stand in it, and its resident set over time.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
 use crate::attach::{Places, Point, Probes, Programs};
-use crate::discover::{self, AllocatorFile, Discovery, FileId};
+use crate::detect::Sample;
+use crate::discover::{self, AllocatorFile, Discovery, FileId, maps};
 use crate::process::{MemoryLimit, Process, ProcessId, RssSampler};
 use crate::report;
 
-/// The most resident set samples that are kept; past it every second one is dropped.
+/// The most samples of its memory that are kept; past it every second one is dropped.
 const MAX_SAMPLES: usize = 4096;
+
+/// An allocator with its probes.
+struct Traced {
+    file: AllocatorFile,
+    probes: Probes,
+    /// What holds the breakpoints once the first thread has ended ([`Programs::hold`]).
+    held: Probes,
+}
+
+impl Traced {
+    fn places(&self) -> Places {
+        places(&self.file)
+    }
+}
+
+fn places(file: &AllocatorFile) -> Places {
+    let points = file.points.iter().map(|point| Point { shape: point.op(), offset: point.offset }).collect();
+    Places { file: file.path_for_attach(), points }
+}
+
+/// What became of a process whose threads were looked after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Followed {
+    /// The thread that its memory is seen through lives.
+    AsBefore,
+    /// It had ended, and another has taken its place before anything was lost.
+    Moved,
+    /// The same, but the kernel had removed breakpoints meanwhile: frees went unseen.
+    Lost,
+}
 
 /// A traced process.
 pub struct Target {
     pub process: Process,
     discovery: Discovery,
-    /// Allocators with their probes, by file.
-    files: HashMap<FileId, (AllocatorFile, Probes)>,
+    files: HashMap<FileId, Traced>,
     rss: Option<RssSampler>,
-    /// Seconds since the start of tracing, and resident bytes.
-    pub rss_samples: Vec<(f64, u64)>,
+    /// Its memory over time.
+    pub samples: Vec<Sample>,
     pub memory_limit: Option<MemoryLimit>,
+    /// An event told that its first thread ended; for [`Self::follow_threads`] to look at.
+    pub leader_ended: bool,
     /// When it ended.
     pub ended: Option<Instant>,
 }
@@ -32,12 +66,15 @@ impl Target {
     /// Looks at a process; nothing is attached yet.
     pub fn open(pid: u32) -> Result<Self> {
         let process = Process::open(pid)?;
+        let mut discovery = Discovery::new(pid);
+        discovery.look_through(process.through());
         Ok(Self {
             rss: process.rss().ok(),
             memory_limit: process.memory_limit(),
-            discovery: Discovery::new(pid),
+            discovery,
             files: HashMap::new(),
-            rss_samples: Vec::new(),
+            samples: Vec::new(),
+            leader_ended: false,
             ended: None,
             process,
         })
@@ -68,11 +105,13 @@ impl Target {
         if self.files.contains_key(&file.id) {
             return Ok(());
         }
-        let points = file.points.iter().map(|point| Point { shape: point.op(), offset: point.offset }).collect();
-        let places = Places { file: file.path_for_attach(), points };
-        let probes = programs
-            .attach(self.id().tgid, &places)
-            .with_context(|| format!("failed to probe {}", file.path.display()))?;
+        let places = places(&file);
+        let attached = if self.process.leader_has_ended() {
+            programs.attach_through(self.id().tgid, self.process.through(), &places)
+        } else {
+            programs.attach(self.id().tgid, &places).map(|probes| (probes, Probes::default()))
+        };
+        let (probes, held) = attached.with_context(|| format!("failed to probe {}", file.path.display()))?;
         log::info!(
             "pid {}: {} probes in {} ({})",
             self.id().tgid,
@@ -80,8 +119,31 @@ impl Target {
             file.path.display(),
             file.label
         );
-        self.files.insert(file.id, (file, probes));
+        self.files.insert(file.id, Traced { file, probes, held });
         Ok(())
+    }
+
+    /// Goes on by another thread if the one that the process's memory is seen through has ended.
+    pub fn follow_threads(&mut self, programs: &Programs) -> Result<Followed> {
+        if !self.process.follow_threads() {
+            return Ok(Followed::AsBefore);
+        }
+        let through = self.process.through();
+        self.discovery.look_through(through);
+        self.rss = self.process.rss().ok();
+        if !self.process.leader_has_ended() {
+            // exec; the event of it says what to do.
+            return Ok(Followed::Moved);
+        }
+        log::debug!("pid {}: goes on by thread {through}", self.id().tgid);
+        // In this order: what is gone afterwards is put back by what holds.
+        let stood = self.files.values().all(|traced| breakpoint_stands(through, &traced.file));
+        for traced in self.files.values_mut() {
+            let held = programs.hold(through, &traced.places())?;
+            // The new ones stand by now, so that there is no moment without.
+            crate::attach::detach([std::mem::replace(&mut traced.held, held)]);
+        }
+        Ok(if stood { Followed::Moved } else { Followed::Lost })
     }
 
     /// The error for a process in which no allocator was found, if that is so.
@@ -108,16 +170,17 @@ impl Target {
     /// Removes all probes.
     pub fn detach(&mut self) -> Vec<Probes> {
         // The files stay for the report.
-        self.files.values_mut().map(|(_, probes)| std::mem::take(probes)).collect()
+        let all = self.files.values_mut().flat_map(|traced| [&mut traced.probes, &mut traced.held]);
+        all.map(std::mem::take).collect()
     }
 
-    /// Takes a sample of the resident set, `at` seconds after the start.
-    pub fn sample_rss(&mut self, at: f64) {
-        let Some(sample) = self.rss.as_ref().and_then(|rss| rss.sample().ok()) else { return };
-        self.rss_samples.push((at, sample.total));
-        if self.rss_samples.len() > MAX_SAMPLES {
+    /// Takes a sample of the resident set, `time` seconds after the start, beside the live bytes that are known.
+    pub fn sample(&mut self, time: f64, traced: u64) {
+        let Some(rss) = self.rss.as_ref().and_then(|rss| rss.sample().ok()) else { return };
+        self.samples.push(Sample { time, resident: rss.total, traced });
+        if self.samples.len() > MAX_SAMPLES {
             let mut index = 0;
-            self.rss_samples.retain(|_| {
+            self.samples.retain(|_| {
                 index += 1;
                 index % 2 == 0
             });
@@ -137,7 +200,7 @@ impl Target {
         let mut allocators: Vec<_> = self
             .files
             .values()
-            .map(|(file, _)| report::Allocator {
+            .map(|Traced { file, .. }| report::Allocator {
                 family: file.label.clone(),
                 path: file.path.to_string_lossy().into_owned(),
                 build_id: file.build_id.clone(),
@@ -147,4 +210,22 @@ impl Target {
         allocators.sort_by(|a, b| a.path.cmp(&b.path));
         allocators
     }
+}
+
+/// Whether the breakpoint on free stands in the memory that thread `tid` has: a byte there differs from the file. True where
+/// the file is not mapped any more, so that there is nothing to lose.
+fn breakpoint_stands(tid: u32, file: &AllocatorFile) -> bool {
+    let Some(free) = file.points.iter().find(|point| point.op() == leak_common::op::FREE) else { return true };
+    let Ok(text) = std::fs::read(format!("/proc/{tid}/maps")) else { return true };
+    // Overlay file systems give mappings another device than the file has.
+    let here = |mapping: &maps::Mapping<'_>| {
+        let within = mapping.offset..mapping.offset + (mapping.end - mapping.start);
+        mapping.executable && mapping.file.is_some_and(|id| id.inode == file.id.inode) && within.contains(&free.offset)
+    };
+    let Some(mapping) = maps::parse(&text).find(here) else { return true };
+    let (mut in_memory, mut in_file) = ([0_u8; 1], [0_u8; 1]);
+    let address = free.offset - mapping.offset + mapping.start;
+    let read = File::open(format!("/proc/{tid}/mem")).and_then(|memory| memory.read_exact_at(&mut in_memory, address));
+    let read = read.and_then(|()| file.file().read_exact_at(&mut in_file, free.offset));
+    read.is_err() || in_memory != in_file
 }

@@ -137,16 +137,16 @@ impl Tables {
     }
 
     /// Loads what the process has mapped as code, and says where its rows are. To be called when a process is new, when it mapped code
-    /// or executed another program, and when it is named in [`Ranges::stale`].
+    /// or executed another program, and when it is named in [`Ranges::stale`]. `through`: a thread of it that lives.
     ///
     /// The ranges of before hold until the new ones are in place; rows that they name are not written over before
     /// [`Self::reclaim`].
     ///
     /// # Errors
     /// Only if the process's mappings cannot be read; then nothing has changed.
-    pub fn refresh(&mut self, id: ProcessId, mut sink: impl Sink) -> Result<Ranges, process::Error> {
+    pub fn refresh(&mut self, id: ProcessId, through: u32, mut sink: impl Sink) -> Result<Ranges, process::Error> {
         let mut text = Vec::new();
-        let read = File::open(format!("/proc/{}/maps", id.tgid)).and_then(|mut maps| maps.read_to_end(&mut text));
+        let read = File::open(format!("/proc/{through}/maps")).and_then(|mut maps| maps.read_to_end(&mut text));
         read.map_err(|e| process::Error::reading(id.tgid, "memory mappings", e))?;
         self.residents.begin(id);
         self.residents.protect(self.processes.get(&id).into_iter().flatten().map(|mapped| &mapped.key));
@@ -157,13 +157,13 @@ impl Tables {
         let mut seen: HashMap<FileId, Walk> = HashMap::new();
         for mapping in maps::parse(&text).filter(|m| m.executable && m.start < m.end) {
             // Nothing can be on a stack there: the kernel runs these itself, or as part of a probe.
-            if matches!(mapping.path, b"[vsyscall]" | b"[uprobes]") {
+            if mapping.path == b"[vsyscall]" || mapping.path.starts_with(b"[uprobes") {
                 continue;
             }
             let known = mapping.file.and_then(|file| seen.get(&file)).cloned();
             let (walk, is_new) = match known {
                 Some(walk) => (walk, false),
-                None => (self.load(id, &mapping, &mut found.pending, &mut sink), true),
+                None => (self.load(id, through, &mapping, &mut found.pending, &mut sink), true),
             };
             if let Some(file) = mapping.file {
                 seen.insert(file, walk.clone());
@@ -217,10 +217,17 @@ impl Tables {
     }
 
     /// Sees to it that the rows of a mapping are in the map, if there is room.
-    fn load(&mut self, id: ProcessId, mapping: &maps::Mapping, pending: &mut bool, sink: &mut impl Sink) -> Walk {
+    fn load(
+        &mut self,
+        id: ProcessId,
+        through: u32,
+        mapping: &maps::Mapping,
+        pending: &mut bool,
+        sink: &mut impl Sink,
+    ) -> Walk {
         if mapping.file.is_none() {
             return match mapping.path {
-                b"[vdso]" => match vdso(id.tgid, mapping) {
+                b"[vdso]" => match vdso(through, mapping) {
                     Ok(bytes) => match Image::open(Data::Bytes(&bytes)) {
                         Ok(image) => self.load_image(id, self.key(&image), &image, pending, sink),
                         Err(why) => Walk::Nothing(why.to_string()),
@@ -230,7 +237,7 @@ impl Tables {
                 _ => Walk::Generated,
             };
         }
-        let opened = mapping.open(id.tgid).and_then(|file| Ok((Stamp::of(&file)?, file)));
+        let opened = mapping.open(through).and_then(|file| Ok((Stamp::of(&file)?, file)));
         let (stamp, file) = match opened {
             Ok(opened) => opened,
             Err(error) => return Walk::Nothing(format!("cannot be opened: {error}")),

@@ -181,7 +181,9 @@ pub fn stack_end(end: StackEnd) -> Option<&'static str> {
         StackEnd::NoFramePointer => Some("outer frames unknown: this code was built without frame pointers"),
         StackEnd::NoTable => Some("outer frames unknown: no unwind table for this code"),
         StackEnd::NoRow => Some("outer frames unknown: the unwind table has no row for this place"),
-        StackEnd::Interrupted => Some("outer frames unknown: a signal interrupted code whose full table was not loaded"),
+        StackEnd::Interrupted => {
+            Some("outer frames unknown: a signal interrupted code whose full table was not loaded")
+        }
         StackEnd::Unknown => Some("outer frames unknown"),
         StackEnd::Lost => Some("the record of this call stack was lost"),
     }
