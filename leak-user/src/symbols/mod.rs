@@ -2,11 +2,17 @@
 //!
 //! In two steps, because a process may be gone by the time a report is made. When a stack is first seen, [`Symbols::note`]
 //! finds in which file and where in it each address is, and keeps that file open ([`space`]). [`Symbols::resolve`] then
-//! looks up names by file and offset, whether or not the process or the file's name still exist ([`names`]).
+//! looks up names by file and offset, whether or not the process or the file's name still exist ([`names`]), in the file
+//! itself and in what distributions keep apart from it ([`debug_files`]). Code that a process generates is named when it is
+//! noted, by what its compiler writes down ([`perf_map`]).
 //!
 //! Nothing here makes names fit to print: they are the traced process's, and views have to escape them.
 
+mod debug_files;
+mod image;
 mod names;
+pub mod perf_map;
+mod root;
 mod space;
 
 #[cfg(test)]
@@ -44,7 +50,7 @@ impl Symbols {
     /// Takes down the mappings of a process while it lives. To be called when tracing begins; [`Self::note`] does it for a
     /// process that it does not know yet, but that can be too late for one that ends soon.
     pub fn add(&mut self, id: ProcessId) {
-        let space = self.spaces.entry(id).or_insert_with(|| Space::new(id.tgid));
+        let space = self.spaces.entry(id).or_insert_with(|| Space::new(id));
         space.reload(&mut self.modules);
     }
 
@@ -57,7 +63,7 @@ impl Symbols {
     /// Takes down where the return addresses of a stack are. To be called when the stack is first seen, in the order of
     /// events. Cheap for addresses that were seen before.
     pub fn note(&mut self, id: ProcessId, addresses: impl IntoIterator<Item = u64>) {
-        let space = self.spaces.entry(id).or_insert_with(|| Space::new(id.tgid));
+        let space = self.spaces.entry(id).or_insert_with(|| Space::new(id));
         for address in addresses {
             space.note(address, &mut self.modules);
         }
@@ -70,6 +76,14 @@ impl Symbols {
         }
     }
 
+    /// Names generated code whose compiler has written down its names only after it was noted. To be called now and then while
+    /// the process lives: once it has ended, a map that was never seen is gone.
+    pub fn refresh(&mut self, id: ProcessId) {
+        if let Some(space) = self.spaces.get_mut(&id) {
+            space.refresh();
+        }
+    }
+
     /// The process executed a new program: no earlier address means anything any more.
     pub fn exec(&mut self, id: ProcessId) {
         self.spaces.remove(&id);
@@ -79,7 +93,7 @@ impl Symbols {
     /// A child came into being with a copy of the parent's mappings.
     pub fn fork(&mut self, parent: ProcessId, child: ProcessId) {
         if let Some(space) = self.spaces.get(&parent) {
-            let copy = space.copy_for(child.tgid);
+            let copy = space.copy_for(child);
             self.spaces.insert(child, copy);
         }
     }
@@ -95,7 +109,8 @@ impl Symbols {
     /// call instruction (the address looked up is the return address less one, since that may already be on the next line, or
     /// in the next function).
     pub fn resolve(&mut self, id: ProcessId, addresses: &[u64]) -> Vec<Vec<Frame>> {
-        let space = self.spaces.entry(id).or_insert_with(|| Space::new(id.tgid));
+        let space = self.spaces.entry(id).or_insert_with(|| Space::new(id));
+        space.refresh();
         let places: Vec<Place> = addresses.iter().map(|&a| space.place(a, &mut self.modules)).collect();
         self.look_up(&places);
         places.iter().map(|place| self.frames_at(place)).collect()
@@ -130,6 +145,7 @@ impl Symbols {
     fn frames_at(&self, place: &Place) -> Vec<Frame> {
         let (module, offset) = match place {
             Place::File { module, offset } => (module, *offset),
+            Place::Generated { name } => return vec![generated(name)],
             Place::Other { name, reason } => {
                 let module = name.map(str::to_owned);
                 return vec![Frame { module, reason: Some((*reason).to_owned()), ..Frame::default() }];
@@ -152,5 +168,18 @@ impl Symbols {
             ..in_module.clone()
         });
         frames.collect()
+    }
+}
+
+/// A frame in code that is in no file.
+fn generated(name: &Result<Arc<str>, &'static str>) -> Frame {
+    let frame = Frame { module: Some("[anonymous]".to_owned()), ..Frame::default() };
+    match name {
+        Ok(name) => {
+            let (function, by_name) = names::demangle(name);
+            let language = perf_map::language_of(name).or(by_name).map(str::to_owned);
+            Frame { function: Some(function), language, ..frame }
+        }
+        Err(reason) => Frame { reason: Some((*reason).to_owned()), ..frame },
     }
 }

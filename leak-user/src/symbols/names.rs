@@ -3,11 +3,14 @@
 //! blazesym's symbolizer cannot be sent between threads and may panic on a damaged file, so a thread of its own has it. It
 //! maps files into memory: a library that its owner cuts short while it is read here ends this program with SIGBUS.
 
+use super::debug_files::{Source, Sources, path_by_build_id};
+use super::image::Image;
 use super::space::Module;
-use blazesym::symbolize::source::{Elf, Source};
+use blazesym::symbolize::source::{self, Elf};
 use blazesym::symbolize::{CodeInfo, Input, Reason, Sym, Symbolized, Symbolizer};
 use std::fmt::{self, Write};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,7 +40,7 @@ impl Name {
 }
 
 struct Request {
-    path: PathBuf,
+    module: Arc<Module>,
     offsets: Vec<u64>,
     answer: Sender<Vec<Arc<[Name]>>>,
 }
@@ -57,24 +60,25 @@ impl Names {
     }
 
     /// The functions at each of the file offsets, innermost first. As many as there are offsets, and each at least one.
-    pub fn look_up(&self, module: &Module, offsets: &[u64]) -> Vec<Arc<[Name]>> {
-        let Some(path) = module.path_to_open() else {
-            return vec![Name::none("the file could not be opened"); offsets.len()];
-        };
+    pub fn look_up(&self, module: &Arc<Module>, offsets: &[u64]) -> Vec<Arc<[Name]>> {
         let (answer, receiver) = mpsc::channel();
-        let sent = self.requests.send(Request { path, offsets: offsets.to_vec(), answer }).ok();
+        let request = Request { module: Arc::clone(module), offsets: offsets.to_vec(), answer };
+        let sent = self.requests.send(request).ok();
         let found = sent.and_then(|()| receiver.recv().ok());
         found.unwrap_or_else(|| vec![Name::none("the thread that reads symbols has ended"); offsets.len()])
     }
 }
 
 fn serve(requests: &Receiver<Request>) {
-    let mut symbolizer = new_symbolizer();
-    while let Ok(Request { path, offsets, answer }) = requests.recv() {
-        // AssertUnwindSafe: after a panic the symbolizer is not used again.
-        let found = catch_unwind(AssertUnwindSafe(|| look_up(&symbolizer, &path, &offsets)));
+    let mut reader = Reader::new();
+    while let Ok(Request { module, offsets, answer }) = requests.recv() {
+        // AssertUnwindSafe: what panicked is made anew, or was not made at all.
+        let found = catch_unwind(AssertUnwindSafe(|| match module.sources() {
+            Some(sources) => reader.look_up(sources, &offsets),
+            None => vec![Name::none("the file could not be opened"); offsets.len()],
+        }));
         let found = found.unwrap_or_else(|_| {
-            symbolizer = new_symbolizer();
+            reader = Reader::new();
             vec![Name::none("the file's symbols could not be read: they are damaged"); offsets.len()]
         });
         // Whoever asked may be gone.
@@ -82,45 +86,150 @@ fn serve(requests: &Receiver<Request>) {
     }
 }
 
-fn new_symbolizer() -> Symbolizer {
-    // Demangled here: blazesym does not tell the language, but a mangled name does.
-    Symbolizer::builder().enable_code_info(true).enable_inlined_fns(true).enable_demangling(false).build()
+/// What one file says of one address.
+enum Found {
+    Names(Arc<[Name]>),
+    /// The file has no symbols at all.
+    Stripped,
+    /// It has, but none for this address.
+    NotCovered,
+    Error(String),
 }
 
-fn look_up(symbolizer: &Symbolizer, path: &Path, offsets: &[u64]) -> Vec<Arc<[Name]>> {
-    let symbolize = |debug_syms, offsets: &[u64]| {
-        let mut elf = Elf::new(path);
-        elf.debug_syms = debug_syms;
-        symbolizer.symbolize(&Source::Elf(elf), Input::FileOffset(offsets))
-    };
-    // Damaged debug information, or some that belongs to another build, is no reason to do without symbols.
-    let plain = |offset| match symbolize(false, &[offset]) {
-        Ok(found) => found.first().map_or_else(|| Name::none("no answer"), |found| names_of(found)),
-        Err(error) => Name::none(format!("the file's symbols could not be read: {error}")),
-    };
-    match symbolize(true, offsets) {
-        Ok(found) if found.len() == offsets.len() => {
-            let names = found.iter().zip(offsets).map(|(found, &offset)| match found {
-                Symbolized::Sym(sym) if !sym.name.is_empty() => names_of(found),
-                Symbolized::Unknown(reason) if *reason != Reason::IgnoredError => names_of(found),
-                _ => plain(offset),
-            });
-            names.collect()
+/// blazesym, kept from following links that files hold.
+struct Reader {
+    symbolizer: Symbolizer,
+    /// The only folder in which blazesym looks for files that others refer to. It is there only while it is needed.
+    links: PathBuf,
+}
+
+impl Reader {
+    fn new() -> Self {
+        let name = format!("leaktrace-{}-{:016x}", std::process::id(), random());
+        let links = std::env::temp_dir().join(name);
+        Self { symbolizer: new_symbolizer(&links), links }
+    }
+
+    fn look_up(&mut self, sources: &Sources, offsets: &[u64]) -> Vec<Arc<[Name]>> {
+        let Some(image) = &sources.image else {
+            return vec![Name::none("the file is no ELF file, or a damaged one"); offsets.len()];
+        };
+        let addresses: Vec<Option<u64>> = offsets.iter().map(|&offset| image.address_of(offset)).collect();
+        let mut names: Vec<Option<Arc<[Name]>>> = vec![None; offsets.len()];
+        let mut reasons: Vec<Option<String>> = vec![None; offsets.len()];
+        for source in &sources.files {
+            let asked: Vec<usize> =
+                (0..offsets.len()).filter(|&i| addresses[i].is_some() && names[i].is_none()).collect();
+            if asked.is_empty() {
+                break;
+            }
+            let asked_for: Vec<u64> = asked.iter().filter_map(|&i| addresses[i]).collect();
+            for (&i, found) in asked.iter().zip(self.ask(source, image, &asked_for)) {
+                match found {
+                    Found::Names(found) => names[i] = Some(found),
+                    Found::Stripped => {}
+                    Found::NotCovered => reasons[i] = Some("no symbol covers this address".to_owned()),
+                    Found::Error(error) => {
+                        reasons[i].get_or_insert(format!("the file's symbols could not be read: {error}"));
+                    }
+                }
+            }
         }
-        _ => offsets.iter().map(|&offset| plain(offset)).collect(),
+        let reason = |i: usize| {
+            let reason = match addresses[i] {
+                None => "the file holds no code at this offset".to_owned(),
+                Some(_) => reasons[i].clone().unwrap_or_else(|| "the file has no symbols (stripped)".to_owned()),
+            };
+            Name::none(sources.rejected.map_or(reason.clone(), |why| format!("{reason}; {why}")))
+        };
+        names.into_iter().enumerate().map(|(i, names)| names.unwrap_or_else(|| reason(i))).collect()
+    }
+
+    /// What one file says of addresses; as many answers as there are addresses.
+    fn ask(&mut self, source: &Source, image: &Image, addresses: &[u64]) -> Vec<Found> {
+        // AssertUnwindSafe: after a panic the symbolizer is not used again.
+        let answer = catch_unwind(AssertUnwindSafe(|| -> Result<Vec<Found>, String> {
+            let mut elf = Elf::new(source.path());
+            elf.debug_syms = source.debug_info;
+            let _links = source.supplement.as_ref().map(|s| Links::make(&self.links, &s.build_id, &s.path()));
+            let found = self.symbolizer.symbolize(&source::Source::Elf(elf), Input::VirtOffset(addresses));
+            let found = found.map_err(|error| error.to_string())?;
+            Ok(found.iter().zip(addresses).map(|(found, &at)| names_of(found, at, image)).collect())
+        }));
+        let error = match answer {
+            Ok(Ok(found)) if found.len() == addresses.len() => return found,
+            Ok(Ok(_)) => "no answer".to_owned(),
+            Ok(Err(error)) => error,
+            Err(_) => {
+                self.symbolizer = new_symbolizer(&self.links);
+                "they are damaged".to_owned()
+            }
+        };
+        addresses.iter().map(|_| Found::Error(error.clone())).collect()
     }
 }
 
-fn names_of(found: &Symbolized) -> Arc<[Name]> {
+fn new_symbolizer(links: &Path) -> Symbolizer {
+    // Demangled here: blazesym does not tell the language, but a mangled name does.
+    let builder = Symbolizer::builder().enable_code_info(true).enable_inlined_fns(true).enable_demangling(false);
+    builder.set_debug_dirs(Some([links])).build()
+}
+
+/// What sources have for file offsets, without a thread.
+#[cfg(test)]
+pub fn look_up(sources: &Sources, offsets: &[u64]) -> Vec<Arc<[Name]>> {
+    Reader::new().look_up(sources, offsets)
+}
+
+/// A number that nobody can foresee.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(())
+}
+
+/// The folder in which blazesym finds one supplementary file by its build id. Removed when dropped; blazesym has opened the
+/// file by then.
+struct Links(Vec<PathBuf>);
+
+impl Links {
+    fn make(folder: &Path, build_id: &[u8], target: &Path) -> io::Result<Self> {
+        let mut made = Self(Vec::new());
+        let link = path_by_build_id(folder, build_id).ok_or_else(|| io::Error::other("no build id"))?;
+        let inside: Vec<&Path> = link.ancestors().skip(1).take_while(|path| path.starts_with(folder)).collect();
+        for folder in inside.into_iter().rev() {
+            // Fails where it exists: then it is somebody else's.
+            std::fs::DirBuilder::new().mode(0o700).create(folder)?;
+            made.0.push(folder.to_path_buf());
+        }
+        symlink(target, &link)?;
+        made.0.push(link);
+        Ok(made)
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        while let Some(path) = self.0.pop() {
+            let removed = if path.is_symlink() { std::fs::remove_file(&path) } else { std::fs::remove_dir(&path) };
+            if let Err(error) = removed {
+                log::debug!("failed to remove {}: {error}", path.display());
+            }
+        }
+    }
+}
+
+/// What blazesym says of an address.
+fn names_of(found: &Symbolized, address: u64, image: &Image) -> Found {
     match found {
-        Symbolized::Sym(sym) if !sym.name.is_empty() => functions(sym),
-        Symbolized::Sym(_) => Name::none("the symbol at this address has no name"),
-        Symbolized::Unknown(reason) => Name::none(match reason {
-            Reason::MissingSyms => "the file has no symbols (stripped)",
-            Reason::UnknownAddr => "no symbol covers this address",
-            Reason::InvalidFileOffset => "the file is shorter than what is mapped of it",
-            _ => "the file's symbols could not be read",
-        }),
+        // A symbol without a size is taken to reach up to the next one; but not beyond its section: from `_init`, say, into
+        // a function that has lost its symbol.
+        Symbolized::Sym(sym) if sym.size.is_none() && sym.addr != 0 && !image.in_one_section(sym.addr, address) => {
+            Found::NotCovered
+        }
+        Symbolized::Sym(sym) if !sym.name.is_empty() => Found::Names(functions(sym)),
+        Symbolized::Sym(_) | Symbolized::Unknown(Reason::UnknownAddr) => Found::NotCovered,
+        Symbolized::Unknown(Reason::MissingSyms) => Found::Stripped,
+        Symbolized::Unknown(reason) => Found::Error(reason.to_string()),
     }
 }
 
@@ -130,7 +239,10 @@ fn functions(sym: &Sym) -> Arc<[Name]> {
         let file = code.map(|code| code.to_path().to_string_lossy().into_owned());
         let (function, by_name) = demangle(function);
         let language = by_name.or_else(|| file.as_deref().and_then(language_of));
-        Name { function: Some(function), line: code.and_then(|c| c.line), file, inlined, language, reason: None }
+        // blazesym does not follow an inlined function's name into a file that is shared by several.
+        let reason = function.is_empty().then(|| "the debug information gives the inlined function no name".to_owned());
+        let function = Some(function).filter(|function| !function.is_empty());
+        Name { function, line: code.and_then(|c| c.line), file, inlined, language, reason }
     };
     let inlined = sym.inlined.iter().rev().map(|inlined| name(&inlined.name, inlined.code_info.as_ref(), true));
     let outermost = name(&sym.name, sym.code_info.as_deref(), false);
@@ -155,7 +267,7 @@ fn language_of(file: &str) -> Option<&'static str> {
 }
 
 /// The name as in the source, and the language that it was mangled for.
-fn demangle(name: &str) -> (String, Option<&'static str>) {
+pub fn demangle(name: &str) -> (String, Option<&'static str>) {
     if let Ok(symbol) = rustc_demangle::try_demangle(name) {
         let mut text = Bounded::default();
         // An error is only the bound.
@@ -263,9 +375,11 @@ mod tests {
                 bytes[at] = value;
             }
             std::fs::write(&path, bytes).expect("the file can be written");
+            let file = std::fs::File::open(&path).expect("the file can be opened");
             let (requests, receiver) = mpsc::channel();
             let (answer, answers) = mpsc::channel();
-            requests.send(Request { path: path.clone(), offsets: offsets.to_vec(), answer }).expect("it is received");
+            let module = Module::of_file(path.clone(), file);
+            requests.send(Request { module, offsets: offsets.to_vec(), answer }).expect("it is received");
             drop(requests);
             serve(&receiver);
             let found = answers.recv().expect("an answer");
