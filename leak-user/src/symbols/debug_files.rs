@@ -128,35 +128,36 @@ struct Search<'a> {
 impl Search<'_> {
     fn debug_file(&mut self) -> Option<File> {
         let by_id = self.image.build_id.as_deref().and_then(|id| path_by_build_id(DEBUG_FOLDER.as_ref(), id));
-        let by_id = by_id.and_then(|path| self.first(&path, None));
+        let by_id = by_id.and_then(|path| self.roots.iter().find_map(|root| self.open(root, &path, None)));
         by_id.or_else(|| self.by_link())
     }
 
     fn by_link(&mut self) -> Option<File> {
         let (name, crc) = self.image.link.as_ref()?;
-        let folder = self.path.parent()?;
-        let under_debug = Path::new(DEBUG_FOLDER).join(folder.strip_prefix("/").unwrap_or(folder));
-        let places = [folder.join(name), folder.join(".debug").join(name), under_debug.join(name)];
-        places.iter().find_map(|path| self.first(path, Some(*crc)))
+        self.roots.iter().find_map(|root| {
+            let path = root.inside(self.path);
+            let folder = path.parent()?;
+            let under_debug = Path::new(DEBUG_FOLDER).join(folder.strip_prefix("/").unwrap_or(folder));
+            let places = [folder.join(name), folder.join(".debug").join(name), under_debug.join(name)];
+            places.iter().find_map(|path| self.open(root, path, Some(*crc)))
+        })
     }
 
-    /// The first of the files at this path in each root that belongs to the module.
-    fn first(&mut self, path: &Path, crc: Option<u32>) -> Option<File> {
-        for root in self.roots {
-            let Ok(candidate) = root.open_regular(path) else { continue };
-            // A link to itself.
-            if FileId::of(&candidate).ok() == FileId::of(self.file).ok() {
-                continue;
-            }
-            match self.check(&candidate, crc) {
-                Ok(()) => return Some(candidate),
-                Err(why) => {
-                    log::debug!("{} is not used for {}: {why}", path.display(), self.path.display());
-                    self.rejected = self.rejected.or(Some(why));
-                }
+    /// The file at this path in a root, if it is there and belongs to the module.
+    fn open(&mut self, root: &Root, path: &Path, crc: Option<u32>) -> Option<File> {
+        let candidate = root.open_regular(path).ok()?;
+        // A link to itself.
+        if FileId::of(&candidate).ok() == FileId::of(self.file).ok() {
+            return None;
+        }
+        match self.check(&candidate, crc) {
+            Ok(()) => Some(candidate),
+            Err(why) => {
+                log::debug!("{} is not used for {}: {why}", path.display(), self.path.display());
+                self.rejected = self.rejected.or(Some(why));
+                None
             }
         }
-        None
     }
 
     /// Whether a debug file belongs to the module.

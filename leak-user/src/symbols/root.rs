@@ -24,6 +24,8 @@ struct Key {
 pub struct Root {
     folder: File,
     key: Key,
+    /// Where it is in this program's root, if it is there and not in another mount namespace.
+    path: PathBuf,
 }
 
 impl Root {
@@ -34,22 +36,30 @@ impl Root {
 
     /// Of the process `pid`, a number or `self`.
     fn open(pid: &str) -> io::Result<Self> {
-        let folder = open_folder(Path::new(&format!("/proc/{pid}/root")))?;
+        let link = PathBuf::from(format!("/proc/{pid}/root"));
+        let folder = open_folder(&link)?;
         let key = Key { namespace: fs::read_link(format!("/proc/{pid}/ns/mnt"))?, folder: FileId::of(&folder)? };
-        Ok(Self { folder, key })
+        Ok(Self { folder, key, path: fs::read_link(link)? })
     }
 
     /// A folder, as if it were some process's root.
     #[cfg(test)]
     pub fn at(folder: &Path) -> io::Result<Self> {
+        let path = folder.canonicalize()?;
         let folder = open_folder(folder)?;
         let key = Key { namespace: PathBuf::new(), folder: FileId::of(&folder)? };
-        Ok(Self { folder, key })
+        Ok(Self { folder, key, path })
     }
 
     /// Whether a path leads to the same file in both.
     pub fn is_same(&self, other: &Self) -> bool {
         self.key == other.key
+    }
+
+    /// How a path from `/proc/PID/maps` reads inside the root: the kernel writes those from this program's root, as far as it
+    /// leads there.
+    pub fn inside(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(&self.path).map_or_else(|_| path.to_owned(), |inside| Path::new("/").join(inside))
     }
 
     /// Opens a file as a process with this root would: links are followed, but none leads out of the root, nor through
@@ -136,6 +146,17 @@ mod tests {
         let root = Root::at(folder.path()).expect("the folder can be opened");
         assert!(root.open_regular(Path::new("pipe")).is_err());
         assert!(root.open_regular(Path::new(".")).is_err());
+    }
+
+    /// What is below a root that is a folder of ours reads as from there; all else as it is.
+    #[test]
+    fn paths_inside() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let root = Root::at(folder.path()).expect("the folder can be opened");
+        assert_eq!(root.inside(&folder.path().join("usr/bin/a")), Path::new("/usr/bin/a"));
+        assert_eq!(root.inside(Path::new("/usr/bin/a")), Path::new("/usr/bin/a"));
+        let own = Root::own().expect("the own root can be opened");
+        assert_eq!(own.inside(Path::new("/usr/bin/a")), Path::new("/usr/bin/a"));
     }
 
     /// All processes with one root share it, this program's own included.

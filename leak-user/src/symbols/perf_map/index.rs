@@ -28,6 +28,11 @@ impl Index {
         (address < function.end).then_some(&function.name)
     }
 
+    /// Whether no function overlaps another, which always holds.
+    pub fn is_disjoint(&self) -> bool {
+        self.0.values().zip(self.0.keys().skip(1)).all(|(function, &next)| function.end <= next)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -191,13 +196,14 @@ mod tests {
             let plain = live.iter().find(|function| function.0 <= address && address < function.1).map(|f| &f.2);
             let index = read(&text);
             prop_assert_eq!(index.find(address), plain);
+            prop_assert!(index.is_disjoint());
         }
 
         /// Any bytes at all give an index.
         #[test]
         fn total(text in proptest::collection::vec(any::<u8>(), 0..512)) {
             let index = read(&text);
-            prop_assert!(index.len() <= text.len());
+            prop_assert!(index.len() <= text.len() && index.is_disjoint());
         }
     }
 }
