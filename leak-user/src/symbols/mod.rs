@@ -57,7 +57,7 @@ impl Symbols {
     /// From now on looks at a process's memory through this thread of it: the first one, by whose id the process is known,
     /// may have ended. To be called before [`Self::add`].
     pub fn look_through(&mut self, id: ProcessId, tid: u32) {
-        self.spaces.entry(id).or_insert_with(|| Space::new(id.tgid)).look_through(tid);
+        self.spaces.entry(id).or_insert_with(|| Space::new(id)).look_through(tid);
     }
 
     /// Takes down where the return addresses of a stack are. To be called when the stack is first seen, in the order of

@@ -153,6 +153,8 @@ impl Range {
 #[derive(Debug)]
 pub struct Space {
     id: ProcessId,
+    /// A thread of it that lives.
+    through: u32,
     /// By address, as of the last time that the mappings were read.
     ranges: Arc<[Range]>,
     /// Where addresses were when they were first seen; libraries come and go.
@@ -173,6 +175,7 @@ impl Space {
     pub fn new(id: ProcessId) -> Self {
         Self {
             id,
+            through: id.tgid,
             ranges: Arc::from([]),
             places: HashMap::new(),
             expired: true,
@@ -200,7 +203,7 @@ impl Space {
 
     /// The process's memory is seen through this thread of it from now on.
     pub fn look_through(&mut self, tid: u32) {
-        self.pid = tid;
+        self.through = tid;
         self.expired = true;
     }
 
@@ -213,11 +216,11 @@ impl Space {
     pub fn reload(&mut self, modules: &mut Modules) {
         self.loaded = Some(Instant::now());
         self.expired = false;
-        let pid = self.id.tgid;
+        let pid = self.through;
         let Ok(text) = fs::read(format!("/proc/{pid}/maps")) else { return };
         let root = modules.roots.of(pid);
         // The pid may be another's by now.
-        if ProcessId::current(pid).map_or(true, |now| now != self.id) {
+        if ProcessId::current(self.id.tgid).map_or(true, |now| now != self.id) {
             return;
         }
         // What was opened while the process had its files stays better than nothing.
