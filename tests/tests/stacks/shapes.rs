@@ -1,0 +1,146 @@
+//! Stacks of every shape that compilers make, compared with backtrace(3), which follows the unwind tables in the process itself.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use leaktrace_tests::{PATIENCE, Program, host};
+use serde_json::Value;
+
+use super::traced::{C_SCENARIOS, CPP_SCENARIOS, RUST_SCENARIOS, Traced, c_fixture, of_size};
+use super::truth::{self, Expected};
+
+/// Takes each scenario once and compares all.
+fn all_equal(program: &Path, scenarios: &[(&str, &str)], unwind: &str, expected: Expected) -> Result<()> {
+    let mut traced = Traced::start(program, unwind)?;
+    for (scenario, argument) in scenarios {
+        traced.take(scenario, argument, expected)?;
+    }
+    traced.finish()?;
+    Ok(())
+}
+
+/// C without frame pointers: realigned stacks, alloca, tail calls, signal handlers, threads, coroutines and deep recursion.
+#[test]
+fn c_without_frame_pointers() -> Result<()> {
+    if !host::can_trace("c_without_frame_pointers") {
+        return Ok(());
+    }
+    all_equal(&c_fixture().build()?, &C_SCENARIOS, "auto", Expected::Whole)
+}
+
+/// The same without debug information, as a position-dependent program, and with the tables' section headers taken away.
+#[test]
+fn c_without_debug_information() -> Result<()> {
+    if !host::can_trace("c_without_debug_information") {
+        return Ok(());
+    }
+    let program = c_fixture().flag("-g0").flag("-no-pie").flag("-fno-pie").build()?;
+    all_equal(&program, &C_SCENARIOS, "auto", Expected::Whole)
+}
+
+/// A static program: libc's own frames are in the same file.
+#[test]
+fn c_static() -> Result<()> {
+    if !host::can_trace("c_static") {
+        return Ok(());
+    }
+    all_equal(&c_fixture().flag("-static").build()?, &C_SCENARIOS, "auto", Expected::Whole)
+}
+
+/// A frame that no row can express is followed or marked, never guessed.
+#[test]
+fn a_huge_frame() -> Result<()> {
+    if !host::can_trace("a_huge_frame") {
+        return Ok(());
+    }
+    all_equal(&c_fixture().build()?, &[("huge", "")], "auto", Expected::WholeOrMarked)
+}
+
+/// Frame pointers where there are: the same stacks up to `main`, in the frame pointer mode.
+#[test]
+fn by_frame_pointers() -> Result<()> {
+    if !host::can_trace("by_frame_pointers") {
+        return Ok(());
+    }
+    // Left out are those that go through libc's code, which has none; a coroutine's leads back to who resumed it.
+    let through_libc = ["callback", "tsd", "coroutine", "handler", "altstack", "nested", "fault", "entry"];
+    let scenarios: Vec<_> = C_SCENARIOS.into_iter().filter(|(scenario, _)| !through_libc.contains(scenario)).collect();
+    all_equal(&Program::c("stacks").build()?, &scenarios, "fp", Expected::FramePointers)
+}
+
+/// With tables, a program that has frame pointers gives the same stacks as one that has none.
+#[test]
+fn tables_with_frame_pointers() -> Result<()> {
+    if !host::can_trace("tables_with_frame_pointers") {
+        return Ok(());
+    }
+    all_equal(&Program::c("stacks").build()?, &C_SCENARIOS, "auto", Expected::Whole)
+}
+
+/// C++ without frame pointers: virtual calls, templates, exceptions, and frames of libstdc++.
+#[test]
+fn cpp_without_frame_pointers() -> Result<()> {
+    if !host::can_trace("cpp_without_frame_pointers") || host::program("cpp_without_frame_pointers", "c++").is_none() {
+        return Ok(());
+    }
+    let program = Program::cpp("stacks_cpp").without_frame_pointers().build()?;
+    all_equal(&program, &CPP_SCENARIOS, "auto", Expected::Whole)
+}
+
+/// Rust in release mode: trait objects, generics, closures, panics, and frames of the standard library.
+#[test]
+fn rust_in_release_mode() -> Result<()> {
+    if !host::can_trace("rust_in_release_mode") {
+        return Ok(());
+    }
+    let program = Program::rust("stacks_rust").without_frame_pointers().build()?;
+    all_equal(&program, &RUST_SCENARIOS, "auto", Expected::Whole)
+}
+
+/// A handler that runs after every single instruction of a few functions: whole, or marked at first and whole once the tables of
+/// those functions have been completed.
+#[test]
+fn interrupted_at_every_instruction() -> Result<()> {
+    if !host::can_trace("interrupted_at_every_instruction") {
+        return Ok(());
+    }
+    let mut traced = Traced::start(&c_fixture().build()?, "auto")?;
+    let size = traced.take("step", "", Expected::WholeOrMarked)?;
+    ensure!(traced.truths.len() > 60, "only {} steps", traced.truths.len());
+    // The first report after the rows are there shows no marked stack among those taken meanwhile; nothing else tells.
+    let mut last = size;
+    let whole = |report: &Value, size: u64, count: usize| {
+        (size..).take(count).all(|size| of_size(report, size).is_some_and(|stack| stack["complete"] == true))
+    };
+    let count = traced.truths.len();
+    let mut complete = false;
+    for _ in 0..20 {
+        last = traced.take("step", "", Expected::WholeOrMarked)?;
+        let report =
+            traced.session.next_report(|report| of_size(report, last + count as u64 - 1).is_some(), PATIENCE)?;
+        complete = whole(&report, last, count);
+        if complete {
+            break;
+        }
+    }
+    let (report, differences, maps) = traced.stop()?;
+    truth::ensure_equal(&differences, &maps)?;
+    let marked =
+        (last..).take(count).filter_map(|size| of_size(&report, size)).filter(|stack| stack["complete"] != true);
+    let marked: Vec<_> = marked.map(|stack| format!("{} {}", stack["end"], stack["frames"][1])).collect();
+    ensure!(complete, "{} of {count} steps stay marked: {}", marked.len(), marked.join("\n"));
+    Ok(())
+}
+
+/// Four threads that allocate from many stacks of different depth at once: each of the blocks has its own path's stack.
+#[test]
+fn many_stacks_at_once() -> Result<()> {
+    if !host::can_trace("many_stacks_at_once") {
+        return Ok(());
+    }
+    let mut traced = Traced::start(&c_fixture().build()?, "auto")?;
+    traced.take("stress", "25000", Expected::Whole)?;
+    ensure!(traced.truths.len() == 48, "{} stacks", traced.truths.len());
+    traced.finish()?;
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! A fixture that is traced while it takes stacks of every shape, and the comparison of all when it ends.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use leaktrace_tests::{Fixture, Program, Session, stacks, summary};
+use serde_json::Value;
+
+use super::truth::{self, Expected, Recording, Truth};
+
+/// A size that is no other allocation's; each command's is a different one.
+pub const FIRST_SIZE: u64 = 300_000;
+/// Between the sizes of two commands, of which one may take as many.
+pub const APART: u64 = 1000;
+
+/// Scenarios of stacks.c, and what comes behind the size.
+pub const C_SCENARIOS: [(&str, &str); 21] = [
+    ("plain", ""),
+    ("deep", "20"),
+    ("deep", "100"),
+    ("deep", "400"),
+    ("callback", ""),
+    ("realign", ""),
+    ("drap", ""),
+    ("alloca", "100"),
+    ("vla", "300"),
+    ("tail", ""),
+    ("noreturn", ""),
+    ("pushed", ""),
+    ("thread", ""),
+    ("tsd", ""),
+    ("clone", ""),
+    ("coroutine", ""),
+    ("handler", ""),
+    ("altstack", ""),
+    ("nested", ""),
+    ("fault", ""),
+    ("entry", ""),
+];
+
+pub const CPP_SCENARIOS: [(&str, &str); 13] = [
+    ("virtual", ""),
+    ("template", ""),
+    ("lambda", ""),
+    ("function", ""),
+    ("sort", ""),
+    ("stream", ""),
+    ("constructor", ""),
+    ("unwinding", ""),
+    ("catch", ""),
+    ("rethrow", ""),
+    ("thread", ""),
+    ("new", ""),
+    ("vector", ""),
+];
+
+pub const RUST_SCENARIOS: [(&str, &str); 12] = [
+    ("plain", ""),
+    ("boxed", ""),
+    ("vector", ""),
+    ("dynamic", ""),
+    ("generic", ""),
+    ("closure", ""),
+    ("recursion", "60"),
+    ("thread", ""),
+    ("unwinding", ""),
+    ("caught", ""),
+    ("iterator", ""),
+    ("string", ""),
+];
+
+/// A fixture that is traced and recorded.
+pub struct Traced {
+    pub fixture: Fixture,
+    pub session: Session,
+    folder: tempfile::TempDir,
+    pub next_size: u64,
+    pub truths: Vec<(Truth, Expected)>,
+}
+
+impl Traced {
+    pub fn start(program: &Path, unwind: &str) -> Result<Self> {
+        Self::with(Fixture::builder(program).start()?, unwind)
+    }
+
+    pub fn with(fixture: Fixture, unwind: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let recording = folder.path().join("recording");
+        let recording = recording.to_str().context("a path that is not UTF-8")?;
+        let session = Session::start(&[fixture.pid()], &["--unwind", unwind, "--record", recording])?;
+        Ok(Self { fixture, session, folder, next_size: FIRST_SIZE, truths: Vec::new() })
+    }
+
+    /// Sends `VERB SCENARIO SIZE ARGUMENT` and keeps what the fixture says to it.
+    pub fn take(&mut self, scenario: &str, argument: &str, expected: Expected) -> Result<u64> {
+        let size = self.next_size;
+        self.ask(&format!("{scenario} {argument}"), &format!("take {scenario} {size} {argument}"), expected)?;
+        Ok(size)
+    }
+
+    pub fn ask(&mut self, name: &str, command: &str, expected: Expected) -> Result<()> {
+        self.next_size += APART;
+        let answer = self.fixture.ask(command)?;
+        self.truths.extend(Truth::read(name.trim(), &answer)?.into_iter().map(|truth| (truth, expected)));
+        Ok(())
+    }
+
+    /// Ends the trace and compares; gives the report, the differences and the mappings.
+    pub fn stop(self) -> Result<(Value, Vec<String>, String)> {
+        let pid = self.fixture.pid();
+        let maps = truth::maps(pid)?;
+        let report = self.session.stop()?;
+        let recording = Recording::read(&self.folder.path().join("recording"))?;
+        ensure!(!self.truths.is_empty());
+        Ok((report, truth::compare(&recording, pid, &self.truths), maps))
+    }
+
+    /// Ends the trace; all must be equal, and the report must call complete what is.
+    pub fn finish(self) -> Result<Value> {
+        let whole: Vec<u64> = self.truths.iter().filter(|(t, e)| is_whole(t, *e)).map(|(t, _)| t.size).collect();
+        let (report, differences, maps) = self.stop()?;
+        truth::ensure_equal(&differences, &maps)?;
+        for size in whole {
+            let stack =
+                of_size(&report, size).with_context(|| format!("no stack of {size} bytes\n{}", summary(&report)))?;
+            ensure!(stack["complete"] == true && stack["end"] == "complete", "{stack}");
+        }
+        Ok(report)
+    }
+}
+
+pub fn is_whole(truth: &Truth, expected: Expected) -> bool {
+    expected == Expected::Whole && truth.blocks.is_none() && truth.frames.len() < truth::MAX_FRAMES
+}
+
+/// The report's stack that allocated so many bytes.
+pub fn of_size(report: &Value, size: u64) -> Option<&Value> {
+    stacks(report).find(|stack| stack["allocated_bytes"] == size)
+}
+
+pub fn c_fixture() -> Program {
+    Program::c("stacks").without_frame_pointers()
+}
