@@ -10,6 +10,7 @@ mod gdb;
 pub mod host;
 mod leaktrace;
 mod lines;
+pub mod programs;
 mod session;
 mod together;
 
