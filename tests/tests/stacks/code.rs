@@ -1,13 +1,14 @@
 //! Code that comes, goes, moves, or has no unwind tables to speak of, while it is traced.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use leaktrace_tests::{Fixture, PATIENCE, Program, host};
+use anyhow::{Context as _, Result, ensure};
+use leaktrace_tests::{Fixture, Program, host};
 
-use super::traced::{Traced, c_fixture, of_size};
+use super::traced::{Traced, c_fixture};
 use super::truth::Expected;
 
 /// A library in a folder of its own, compiled from plugin.c.
@@ -24,19 +25,6 @@ fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is not UTF-8")
 }
 
-/// Takes a scenario until a report has a whole stack of it: what is taken before its tables are there is marked.
-fn take_until_whole(traced: &mut Traced, scenario: &str) -> Result<()> {
-    for _ in 0..100 {
-        let size = traced.take(scenario, "", Expected::WholeOrMarked)?;
-        let report = traced.session.next_report(|report| of_size(report, size).is_some(), PATIENCE)?;
-        if of_size(&report, size).is_some_and(|stack| stack["complete"] == true) {
-            traced.take(scenario, "", Expected::Whole)?;
-            return Ok(());
-        }
-    }
-    bail!("the stacks of {scenario} stay marked")
-}
-
 /// Libraries that are loaded, unloaded and replaced by another at the same address while they are traced.
 #[test]
 fn libraries_that_come_and_go() -> Result<()> {
@@ -49,9 +37,7 @@ fn libraries_that_come_and_go() -> Result<()> {
     for _ in 0..2 {
         for library in [&one, &two] {
             places.push(traced.fixture.tell(&format!("load {}", text(library)?))?);
-            // At once, and again when it is known.
-            traced.take("plugin", "", Expected::WholeOrMarked)?;
-            take_until_whole(&mut traced, "plugin")?;
+            traced.take_until_whole("plugin")?;
             traced.fixture.tell("unload")?;
         }
     }
@@ -71,7 +57,7 @@ fn a_library_that_allocates_while_it_is_loaded() -> Result<()> {
     let mut traced = Traced::start(&code_fixture()?, "auto")?;
     let command = format!("load {} {}", text(&library)?, traced.next_size);
     traced.ask("constructor", &command, Expected::WholeOrMarked)?;
-    take_until_whole(&mut traced, "plugin")?;
+    traced.take_until_whole("plugin")?;
     traced.finish()?;
     Ok(())
 }
@@ -86,15 +72,15 @@ fn code_that_moves() -> Result<()> {
     let (one, two) = (plugin(1, &[])?, plugin(2, &[])?);
     let mut traced = Traced::start(&code_fixture()?, "auto")?;
     traced.fixture.tell(&format!("load {}", text(&one)?))?;
-    take_until_whole(&mut traced, "plugin")?;
+    traced.take_until_whole("plugin")?;
     traced.fixture.tell("copy")?;
-    take_until_whole(&mut traced, "known")?;
+    traced.take_until_whole("known")?;
     traced.fixture.tell(&format!("load {}", text(&two)?))?;
-    take_until_whole(&mut traced, "plugin")?;
+    traced.take_until_whole("plugin")?;
     traced.fixture.tell("over")?;
-    take_until_whole(&mut traced, "known")?;
+    traced.take_until_whole("known")?;
     traced.fixture.tell("generate")?;
-    take_until_whole(&mut traced, "known")?;
+    traced.take_until_whole("known")?;
     traced.fixture.tell("anonymise")?;
     // Its frames are gone from all tables, and it has no frame pointers.
     traced.fixture.tell(&format!("load {}", text(&two)?))?;
@@ -110,65 +96,127 @@ fn section(file: &Path, name: &str) -> Result<(usize, usize)> {
     let output = Command::new("readelf").arg("-SW").arg(file).output().context("failed to start readelf")?;
     let listing = String::from_utf8_lossy(&output.stdout).into_owned();
     // "[ 9] .eh_frame PROGBITS ADDRESS OFFSET SIZE ..."
-    let line = listing.lines().find_map(|line| line.split_once(']')?.1.trim().strip_prefix(&format!("{name} ")));
-    let fields: Vec<&str> =
-        line.with_context(|| format!("no {name} in {}", file.display()))?.split_whitespace().collect();
+    let prefix = format!("{name} ");
+    let line = listing.lines().find_map(|line| line.split_once(']')?.1.trim().strip_prefix(&prefix).map(str::to_owned));
+    let line = line.with_context(|| format!("no {name} in {}", file.display()))?;
+    let fields: Vec<&str> = line.split_whitespace().collect();
     let hex = |field: &str| usize::from_str_radix(field, 16).with_context(|| format!("failed to read {field:?}"));
     Ok((hex(fields[2])?, hex(fields[3])?))
 }
 
-/// A copy of a library whose unwind tables are damaged by `damage`.
-fn damaged(library: &Path, folder: &Path, name: &str, damage: impl Fn(&mut [u8])) -> Result<PathBuf> {
+/// The part of an ELF file's header that tells where its section headers are (ELF-64: `e_shoff`, `e_shnum`, `e_shstrndx`).
+const SECTION_HEADERS: usize = 0x28;
+const SECTION_COUNT: usize = 0x3c;
+const SECTION_BYTES: usize = 64;
+/// Of a section header: `sh_offset` and `sh_size`.
+const SECTION_OFFSET: usize = 0x18;
+const SECTION_SIZE: usize = 0x20;
+
+/// A copy of a library that `damage` has changed; it is told where in the file the unwind tables are.
+fn damaged(library: &Path, folder: &Path, name: &str, damage: impl Fn(&mut [u8], Range<usize>)) -> Result<PathBuf> {
     let (offset, length) = section(library, ".eh_frame")?;
     let mut bytes = fs::read(library)?;
-    damage(bytes.get_mut(offset..offset + length).context("the section is not in the file")?);
+    ensure!(length > 64 && offset + length <= bytes.len(), "{name}: {length} bytes of tables at {offset}");
+    damage(&mut bytes, offset..offset + length);
     let copy = folder.join(name);
     fs::write(&copy, bytes)?;
     Ok(copy)
 }
 
-/// Code without unwind tables, with and without frame pointers, and code whose tables are nonsense: whole or marked, and nothing falls.
+/// The library's unwind section claims four terabytes; the loader does not look at section headers.
+fn claim_terabytes(bytes: &mut [u8], tables: Range<usize>) {
+    let number = |bytes: &[u8], at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().expect("it is in the file"));
+    let first = number(bytes, SECTION_HEADERS) as usize;
+    let count = usize::from(u16::from_le_bytes(*bytes[SECTION_COUNT..].first_chunk().expect("it is in the file")));
+    for header in (0..count).map(|index| first + index * SECTION_BYTES) {
+        if number(bytes, header + SECTION_OFFSET) == tables.start as u64 {
+            bytes[header + SECTION_SIZE..][..8].copy_from_slice(&(1_u64 << 42).to_le_bytes());
+        }
+    }
+}
+
+fn make_noise(bytes: &mut [u8]) {
+    let mut random = 88_172_645_463_325_252_u64;
+    for byte in bytes {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        *byte = random as u8;
+    }
+}
+
+/// Loads `same` until it is known what the stacks are, then `library`, which has the same code.
+fn load_after(traced: &mut Traced, same: &Path, library: &Path) -> Result<()> {
+    traced.fixture.tell(&format!("load {}", text(same)?))?;
+    traced.take_until_whole("plugin")?;
+    traced.fixture.tell("unload")?;
+    traced.fixture.tell(&format!("load {}", text(library)?))?;
+    Ok(())
+}
+
+/// Without unwind tables.
+const NONE: [&str; 3] = ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-Wl,--no-eh-frame-hdr"];
+
+/// Code without unwind tables and code whose tables are nonsense: whole or marked, and nothing falls.
 #[test]
 fn code_without_tables() -> Result<()> {
-    if !host::can_trace("code_without_tables") {
+    if !host::can_trace("code_without_tables") || host::program("code_without_tables", "readelf").is_none() {
         return Ok(());
     }
     let folder = tempfile::tempdir()?;
-    let none = ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-Wl,--no-eh-frame-hdr"];
     let whole = plugin(1, &[])?;
-    let zero = damaged(&whole, folder.path(), "zero", |bytes| bytes.fill(0))?;
-    let noise = damaged(&whole, folder.path(), "noise", |bytes| {
-        let mut random = 88_172_645_463_325_252_u64;
-        for byte in bytes {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            *byte = random as u8;
-        }
-    })?;
-    // The first entry claims to be longer than the section.
-    let long =
-        damaged(&whole, folder.path(), "long", |bytes| bytes[..4].copy_from_slice(&0x7fff_fff0_u32.to_le_bytes()))?;
+    let damage = |name: &str, damage: &dyn Fn(&mut [u8], Range<usize>)| damaged(&whole, folder.path(), name, damage);
+    let libraries = [
+        plugin(1, &[&NONE[..], &["-g0"]].concat())?,
+        damage("zero", &|bytes, tables| bytes[tables].fill(0))?,
+        damage("noise", &|bytes, tables| make_noise(&mut bytes[tables]))?,
+        damage("cut", &|bytes, tables| bytes[tables.start + 40..tables.end].fill(0xff))?,
+        // The first entry is longer than the section.
+        damage("long", &|bytes, tables| bytes[tables][..4].copy_from_slice(&0x7fff_fff0_u32.to_le_bytes()))?,
+        damage("terabytes", &claim_terabytes)?,
+    ];
     let mut traced = Traced::start(&code_fixture()?, "auto")?;
-    for (library, same) in [(plugin(1, &none)?, &whole), (zero, &whole), (noise, &whole), (long, &whole)] {
-        traced.fixture.tell(&format!("load {}", text(same)?))?;
-        take_until_whole(&mut traced, "plugin")?;
-        traced.fixture.tell("unload")?;
-        traced.fixture.tell(&format!("load {}", text(&library)?))?;
+    for library in libraries {
+        load_after(&mut traced, &whole, &library)?;
         for _ in 0..3 {
-            let size = traced.take("known", "", Expected::WholeOrMarked)?;
-            traced.session.next_report(|report| of_size(report, size).is_some(), PATIENCE)?;
+            traced.is_seen_whole("known", Expected::WholeOrMarked)?;
         }
         traced.fixture.tell("unload")?;
     }
-    // With frame pointers the code can be followed all the same.
+    traced.finish()?;
+    Ok(())
+}
+
+/// Where something else than the section `.eh_frame` tells: frame pointers, the debugger's tables, also compressed, or the program
+/// headers of a file without section headers.
+#[test]
+fn code_with_other_tables() -> Result<()> {
+    if !host::can_trace("code_with_other_tables") || host::program("code_with_other_tables", "readelf").is_none() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let whole = plugin(1, &[])?;
+    let no_sections = damaged(&whole, folder.path(), "no_sections", |bytes, _| {
+        bytes[SECTION_HEADERS..][..8].fill(0);
+        bytes[SECTION_COUNT..][..4].fill(0);
+    })?;
+    // Without the compiler's start files, which have tables of their own.
+    let debug_frame = [&NONE[..], &["-nostdlib"]].concat();
+    let compressed = [&debug_frame[..], &["-gz=zlib"]].concat();
     let pointers = ["-UNO_FRAME_POINTER", "-fno-omit-frame-pointer"];
-    let (same, without) = (plugin(1, &pointers)?, plugin(1, &[&pointers[..], &none[..]].concat())?);
-    traced.fixture.tell(&format!("load {}", text(&same)?))?;
-    take_until_whole(&mut traced, "plugin")?;
-    traced.fixture.tell("unload")?;
-    traced.fixture.tell(&format!("load {}", text(&without)?))?;
-    take_until_whole(&mut traced, "known")?;
+    let pointers_only = [&pointers[..], &NONE, &["-g0"]].concat();
+    let libraries = [
+        (&whole, no_sections),
+        (&whole, plugin(1, &debug_frame)?),
+        (&whole, plugin(1, &compressed)?),
+        (&plugin(1, &pointers)?, plugin(1, &pointers_only)?),
+    ];
+    let mut traced = Traced::start(&code_fixture()?, "auto")?;
+    for (same, library) in libraries {
+        load_after(&mut traced, same, &library)?;
+        traced.take_until_whole("known").with_context(|| library.display().to_string())?;
+        traced.fixture.tell("unload")?;
+    }
     traced.finish()?;
     Ok(())
 }

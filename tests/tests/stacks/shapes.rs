@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
-use leaktrace_tests::{PATIENCE, Program, host};
-use serde_json::Value;
+use anyhow::{Context as _, Result, ensure};
+use leaktrace_tests::{Program, host, summary};
 
 use super::traced::{C_SCENARIOS, CPP_SCENARIOS, RUST_SCENARIOS, Traced, c_fixture, of_size};
-use super::truth::{self, Expected};
+use super::truth::{self, Expected, Truth};
 
 /// Takes each scenario once and compares all.
 fn all_equal(program: &Path, scenarios: &[(&str, &str)], unwind: &str, expected: Expected) -> Result<()> {
@@ -15,7 +14,16 @@ fn all_equal(program: &Path, scenarios: &[(&str, &str)], unwind: &str, expected:
     for (scenario, argument) in scenarios {
         traced.take(scenario, argument, expected)?;
     }
-    traced.finish()?;
+    let whole = |truth: &Truth| expected == Expected::Whole && truth.frames.len() < truth::MAX_FRAMES;
+    let sizes: Vec<u64> =
+        traced.truths.iter().map(|(truth, _)| truth).filter(|truth| whole(truth)).map(|t| t.size).collect();
+    let report = traced.finish()?;
+    // What was recorded whole is reported as such.
+    for size in sizes {
+        let stack =
+            of_size(&report, size).with_context(|| format!("no stack of {size} bytes\n{}", summary(&report)))?;
+        ensure!(stack["complete"] == true && stack["end"] == "complete", "{stack}");
+    }
     Ok(())
 }
 
@@ -105,30 +113,10 @@ fn interrupted_at_every_instruction() -> Result<()> {
         return Ok(());
     }
     let mut traced = Traced::start(&c_fixture().build()?, "auto")?;
-    let size = traced.take("step", "", Expected::WholeOrMarked)?;
-    ensure!(traced.truths.len() > 60, "only {} steps", traced.truths.len());
-    // The first report after the rows are there shows no marked stack among those taken meanwhile; nothing else tells.
-    let mut last = size;
-    let whole = |report: &Value, size: u64, count: usize| {
-        (size..).take(count).all(|size| of_size(report, size).is_some_and(|stack| stack["complete"] == true))
-    };
-    let count = traced.truths.len();
-    let mut complete = false;
-    for _ in 0..20 {
-        last = traced.take("step", "", Expected::WholeOrMarked)?;
-        let report =
-            traced.session.next_report(|report| of_size(report, last + count as u64 - 1).is_some(), PATIENCE)?;
-        complete = whole(&report, last, count);
-        if complete {
-            break;
-        }
-    }
-    let (report, differences, maps) = traced.stop()?;
-    truth::ensure_equal(&differences, &maps)?;
-    let marked =
-        (last..).take(count).filter_map(|size| of_size(&report, size)).filter(|stack| stack["complete"] != true);
-    let marked: Vec<_> = marked.map(|stack| format!("{} {}", stack["end"], stack["frames"][1])).collect();
-    ensure!(complete, "{} of {count} steps stay marked: {}", marked.len(), marked.join("\n"));
+    traced.take_until_whole("step")?;
+    let steps = traced.truths.len();
+    ensure!(steps > 80, "only {steps} steps");
+    traced.finish()?;
     Ok(())
 }
 
