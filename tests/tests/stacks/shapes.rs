@@ -1,12 +1,14 @@
 //! Stacks of every shape that compilers make, compared with backtrace(3), which follows the unwind tables in the process itself.
 
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use leaktrace_tests::{Program, host, summary};
+use leaktrace_tests::{Leaktrace, PATIENCE, Program, host, summary};
+use serde_json::Value;
 
 use super::traced::{C_SCENARIOS, CPP_SCENARIOS, RUST_SCENARIOS, Traced, c_fixture, of_size};
-use super::truth::{self, Expected, Truth};
+use super::truth::{self, Expected, Recording, Truth};
 
 /// Takes each scenario once and compares all.
 fn all_equal(program: &Path, scenarios: &[(&str, &str)], unwind: &str, expected: Expected) -> Result<()> {
@@ -131,4 +133,31 @@ fn many_stacks_at_once() -> Result<()> {
     ensure!(traced.truths.len() == 48, "{} stacks", traced.truths.len());
     traced.finish()?;
     Ok(())
+}
+
+/// A program that leaktrace starts: constructors under the dynamic linker, main, exit handlers and destructors.
+#[test]
+fn start_and_end_of_a_program() -> Result<()> {
+    if !host::can_trace("start_and_end_of_a_program") {
+        return Ok(());
+    }
+    let program = Program::c("stacks_start").without_frame_pointers().build()?;
+    let folder = tempfile::tempdir()?;
+    let (file, recorded) = (folder.path().join("report"), folder.path().join("recording"));
+    let command =
+        Leaktrace::new()?.args(["--format", "json", "--top", "1000", "-o"]).arg(&file).arg("--record").arg(&recorded);
+    let outcome = command.arg("--").arg(&program).run(PATIENCE)?;
+    ensure!(outcome.code()? == 0, "leaktrace ended with {}: {}", outcome.status, outcome.stderr);
+    let report: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    let pid = report["command"]["pid"].as_u64().context("no pid of the command")?;
+    let mut truths = Vec::new();
+    // The report is in a file, so the program has the standard output for itself.
+    for line in outcome.stdout.lines() {
+        truths.extend(
+            Truth::read("line", &serde_json::from_str(line)?)?.into_iter().map(|truth| (truth, Expected::Whole)),
+        );
+    }
+    ensure!(truths.len() == 4, "{}", outcome.stdout);
+    let recording = Recording::read(&recorded)?;
+    truth::ensure_equal(&truth::compare(&recording, u32::try_from(pid)?, &truths), "")
 }
