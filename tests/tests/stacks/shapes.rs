@@ -128,8 +128,21 @@ fn many_stacks_at_once() -> Result<()> {
     if !host::can_trace("many_stacks_at_once") {
         return Ok(());
     }
-    let mut traced = Traced::start(&c_fixture().build()?, "auto")?;
-    traced.take("stress", "25000", Expected::Whole)?;
+    stress(&c_fixture().build()?, "auto", Expected::Whole)
+}
+
+/// The same by frame pointers.
+#[test]
+fn many_stacks_at_once_by_frame_pointers() -> Result<()> {
+    if !host::can_trace("many_stacks_at_once_by_frame_pointers") {
+        return Ok(());
+    }
+    stress(&Program::c("stacks").build()?, "fp", Expected::FramePointers)
+}
+
+fn stress(program: &Path, unwind: &str, expected: Expected) -> Result<()> {
+    let mut traced = Traced::start(program, unwind)?;
+    traced.take("stress", "25000", expected)?;
     ensure!(traced.truths.len() == 48, "{} stacks", traced.truths.len());
     traced.finish()?;
     Ok(())
