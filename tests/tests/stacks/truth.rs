@@ -141,8 +141,8 @@ const SAME_FUNCTION: u64 = 512;
 pub fn difference(recorded: &Recorded, truth: &Truth, expected: Expected) -> Option<String> {
     let frames = &recorded.frames;
     let inner = usize::try_from(truth.inner).ok().or_else(|| {
-        // As many as are more, which have to be few.
-        frames.len().checked_sub(truth.frames.len()).filter(|inner| (1..=4).contains(inner))
+        // As many as are more, which are few or none: the compiler may have inlined them.
+        frames.len().checked_sub(truth.frames.len()).filter(|inner| (0..=4).contains(inner))
     });
     let Some(inner) = inner else {
         return Some(format!("{} frames recorded, {} known", frames.len(), truth.frames.len()));
