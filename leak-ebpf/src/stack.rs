@@ -484,6 +484,9 @@ pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
             walk.push(walk.pc, walk.sp.wrapping_sub(8), walk.fp, walk.matched_fp_at, walk.matched_cfa_at);
             run(step, (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP), walk);
         }
+    } else {
+        // Ended without having met the kept stack: none of its frames is outside of those found.
+        walk.kept = 0;
     }
     walk.tally.add(walk.found);
     walk.left = walk.found;

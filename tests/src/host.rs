@@ -49,14 +49,24 @@ pub fn can_trace(test: &str) -> bool {
 /// The path of `program`, which `test` needs. Where there is none, the test has been reported as skipped and should return.
 #[must_use]
 pub fn program(test: &str, program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    // The system's own first: another in PATH may be a launcher script.
-    let folders = [PathBuf::from("/usr/bin"), PathBuf::from("/bin")].into_iter().chain(env::split_paths(&path));
-    let found = folders.map(|folder| folder.join(program)).find(|file| file.is_file());
+    let found = find(program);
     if found.is_none() {
         skip(test, &format!("{program} is not installed"));
     }
     found
+}
+
+/// The path of `program`, if it is installed.
+#[must_use]
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    // The system's own first: another in PATH may be a launcher script.
+    let system = ["/usr/bin", "/bin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    // Debian keeps postgres's programs in a folder for each version.
+    let versions =
+        fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
+    let folders = system.into_iter().chain(env::split_paths(&path)).chain(versions);
+    folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 
 /// Reports `test` as skipped; always false, for use as an answer.

@@ -6,14 +6,17 @@
 
 mod compile;
 mod fixture;
+mod gdb;
 pub mod host;
 mod leaktrace;
 mod lines;
+pub mod programs;
 mod session;
 mod together;
 
 pub use compile::{Program, target_dir};
 pub use fixture::{Builder, Fixture};
+pub use gdb::{GdbFrame, gdb_frames};
 pub use leaktrace::{BINARY_VARIABLE, Leaktrace, Outcome, Running, has_frame, live_in, stacks};
 pub use session::{Session, live_of, only, site, summary};
 pub use together::{Scenario, Together};

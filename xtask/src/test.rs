@@ -5,6 +5,7 @@
 
 use std::env;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
@@ -19,8 +20,52 @@ use crate::setup::setup;
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
-const SYSTEM_PROGRAMS: [(&str, &str); 5] =
-    [("c++", "g++"), ("python3", "python3"), ("sqlite3", "sqlite3"), ("redis-server", "redis-server"), ("gdb", "gdb")];
+const SYSTEM_PROGRAMS: [(&str, &str); 10] = [
+    ("c++", "g++"),
+    ("python3", "python3"),
+    ("sqlite3", "sqlite3"),
+    ("gdb", "gdb"),
+    ("perl", "perl"),
+    ("node", "nodejs"),
+    ("nginx", "nginx-light"),
+    ("redis-server", "redis-server"),
+    // pgbench is with the server.
+    ("initdb", "postgresql"),
+    ("readelf", "binutils"),
+];
+
+/// What Debian's packages ask whether they may start the service that they bring; 101 forbids it.
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// While it lives, packages that are installed do not start their services: tests start what they need themselves.
+struct NoServices {
+    /// Whether the file is ours.
+    written: bool,
+}
+
+impl NoServices {
+    fn new() -> Result<Self> {
+        // A container's image often has one that says the same; whatever it says is the owner's wish.
+        if Path::new(POLICY).exists() {
+            return Ok(Self { written: false });
+        }
+        fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("failed to write {POLICY}"))?;
+        let guard = Self { written: true };
+        fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("failed to make {POLICY} executable"))?;
+        Ok(guard)
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.written
+            && let Err(error) = fs::remove_file(POLICY)
+        {
+            eprintln!("test: failed to remove {POLICY}, which keeps services from being started: {error}");
+        }
+    }
+}
 
 /// Checks formatting and lints, host and BPF side.
 pub fn lint() -> Result<()> {
@@ -96,7 +141,7 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
 /// Installs the system programs that tests want, where that takes no question: as root, with apt. Elsewhere, and where
 /// it fails, the tests that need them say so.
 fn bring_system_programs() {
-    let missing: Vec<_> = SYSTEM_PROGRAMS.iter().filter(|(program, _)| find_in_path(program).is_none()).collect();
+    let missing: Vec<_> = SYSTEM_PROGRAMS.iter().filter(|(program, _)| host::find(program).is_none()).collect();
     if missing.is_empty() {
         return;
     }
@@ -114,7 +159,8 @@ fn bring_system_programs() {
     let install: Vec<&str> =
         ["install", "--yes", "--quiet", "--no-install-recommends"].into_iter().chain(packages).collect();
     // The package lists of a fresh machine are often empty or old.
-    if let Err(error) = apt_get(&["update", "--quiet"]).and_then(|()| apt_get(&install)) {
+    let brought = NoServices::new().and_then(|_guard| apt_get(&["update", "--quiet"]).and_then(|()| apt_get(&install)));
+    if let Err(error) = brought {
         eprintln!("test: {error:#}; the tests that need them will say so");
     }
 }
