@@ -23,8 +23,8 @@ pub struct Code {
     /// None where stacks are unwound by frame pointers alone.
     tables: Option<Tables>,
     processes: Vec<Looked>,
-    /// When the latest ranges were put in place, if rows may be waiting to be reclaimed since.
-    published: Option<Instant>,
+    /// When rows that were given up were last freed.
+    reclaimed: Instant,
 }
 
 /// When a process was looked at last.
@@ -40,7 +40,7 @@ struct Looked {
 impl Code {
     /// With room for so many rows; without tables if there is to be none.
     pub fn new(rows: Option<u32>) -> Self {
-        Self { tables: rows.map(Tables::new), processes: Vec::new(), published: None }
+        Self { tables: rows.map(Tables::new), processes: Vec::new(), reclaimed: Instant::now() }
     }
 
     /// Whether tables are in use.
@@ -76,7 +76,6 @@ impl Code {
         for (path, why) in &found.missing {
             log::info!("pid {}: no unwind table for {}: {why}", id.tgid, path.display());
         }
-        self.published = Some(now);
         let looked = Looked { id, through, at: now, again: found.pending };
         match self.processes.iter_mut().find(|process| process.id == id) {
             Some(process) => *process = looked,
@@ -102,8 +101,8 @@ impl Code {
     /// Does what has become due; to be called often.
     pub fn tend(&mut self, programs: &mut Programs) {
         let Some(tables) = &mut self.tables else { return };
-        if self.published.is_some_and(|at| at.elapsed() >= RECLAIM_AFTER) {
-            self.published = None;
+        if self.reclaimed.elapsed() >= RECLAIM_AFTER {
+            self.reclaimed = Instant::now();
             tables.reclaim();
         }
         let due = |process: &&Looked| process.again && process.at.elapsed() >= AGAIN_AFTER;

@@ -197,7 +197,12 @@ where
             return;
         }
         let first = self.into.rows.len();
-        let complete = initial.is_some_and(|initial| self.rows(entry, initial, code, end));
+        let complete = if let Some(initial) = initial {
+            self.rows(entry, initial, code, end)
+        } else {
+            self.push(first, start, machine::INEXPRESSIBLE);
+            false
+        };
         if !complete {
             self.into.malformed += 1;
         }

@@ -6,7 +6,7 @@
 //! with more files than the budget do not push each other out for ever.
 //!
 //! A walk in the kernel may be reading rows while they are taken back. So an extent that is given up stays in quarantine until no
-//! process's ranges name it and [`Residents::reclaim`] is told that all walks have ended that could have seen it.
+//! process's ranges name it, and then for as long as a walk may take: between two calls of [`Residents::reclaim`].
 //!
 //! No map is touched here: this is bookkeeping, for any kind of files and processes.
 
@@ -85,7 +85,7 @@ impl Extents {
 pub enum Placed {
     /// The rows belong here.
     Now(Extent),
-    /// There will be room once [`Residents::reclaim`] is told that it is safe.
+    /// There will be room some calls of [`Residents::reclaim`] later.
     Later,
     /// Why there is none.
     No(&'static str),
@@ -109,6 +109,16 @@ struct Resident<P> {
     /// When it was last used; grows.
     used: u64,
     pushed_out: bool,
+    /// It was told that there will be room.
+    waiting: bool,
+}
+
+/// An extent in quarantine.
+#[derive(Clone, Copy, Debug)]
+struct GivenUp {
+    extent: Extent,
+    /// No ranges named it the last time that we looked.
+    unnamed: bool,
 }
 
 /// Which files have rows in the map, and which processes use them.
@@ -116,7 +126,7 @@ struct Resident<P> {
 pub struct Residents<K, P> {
     extents: Extents,
     files: HashMap<K, Resident<P>>,
-    quarantine: Vec<Extent>,
+    quarantine: Vec<GivenUp>,
     /// Extents that the ranges of a process name.
     published: HashMap<P, Vec<Extent>>,
     /// Processes whose ranges name what has been given up.
@@ -163,7 +173,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
     /// The process has the file mapped. Until the next [`Self::begin`] it is not taken out.
     pub fn used(&mut self, key: &K, process: P) {
         let used = self.clock;
-        let fresh = || Resident { extent: None, users: HashSet::new(), used, pushed_out: false };
+        let fresh = || Resident { extent: None, users: HashSet::new(), used, pushed_out: false, waiting: false };
         let resident = self.files.entry(key.clone()).or_insert_with(fresh);
         resident.used = used;
         resident.users.insert(process);
@@ -176,14 +186,20 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
 
     /// Finds room for a file that is used ([`Self::used`]). Rows that it had go to quarantine, but only once there are new ones.
     pub fn place(&mut self, key: &K, rows: u32) -> Placed {
-        match self.plan(key, rows) {
+        let plan = self.plan(key, rows);
+        if let Some(resident) = self.files.get_mut(key) {
+            resident.waiting = matches!(plan, Plan::Later(_));
+        }
+        match plan {
             Plan::Now => {
                 let Some(extent) = self.extents.allocate(rows) else { return Placed::No(NO_ROOM) };
                 self.put(key, extent);
                 Placed::Now(extent)
             }
             Plan::Later(victims) => {
-                victims.iter().for_each(|key| self.take_out(key));
+                for key in &victims {
+                    self.take_out(key);
+                }
                 Placed::Later
             }
             Plan::No(why) => Placed::No(why),
@@ -203,12 +219,19 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
         if rows > self.extents.capacity {
             return Plan::No("its rows do not fit into the memory for unwind tables");
         }
+        // What was freed for another file is not for those that had to make room, or they would take turns for ever.
+        let others_wait = || self.files.iter().any(|(k, r)| k != key && r.waiting && !r.users.is_empty());
+        if resident.pushed_out && others_wait() {
+            return Plan::No(NO_ROOM);
+        }
         if self.extents.fits(rows) {
             return Plan::Now;
         }
         // What would be, were all quarantined rows free.
         let mut later = self.extents.clone();
-        self.quarantine.iter().for_each(|&extent| later.release(extent));
+        for &GivenUp { extent, .. } in &self.quarantine {
+            later.release(extent);
+        }
         // Taking rows away from others for a file that was there before would never end; nor is it done for better rows.
         let may_push = !resident.pushed_out && resident.extent.is_none();
         let mut candidates: Vec<(bool, u64, &K, Extent)> = self
@@ -253,7 +276,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
     }
 
     fn give_up(&mut self, extent: Extent) {
-        self.quarantine.push(extent);
+        self.quarantine.push(GivenUp { extent, unnamed: false });
         let named = self.published.iter().filter(|(_, extents)| extents.contains(&extent)).map(|(process, _)| *process);
         self.stale.extend(named);
     }
@@ -284,14 +307,22 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
         self.stale.iter().copied().collect()
     }
 
-    /// To be called once every walk has ended that began before the latest ranges were put in place: frees what is in quarantine,
-    /// but for what the ranges of some process still name. Returns the number of rows freed.
+    /// To be called now and then, with more time between two calls than any walk takes: frees what is in quarantine and was named by no
+    /// process's ranges at the call before. Returns the number of rows freed.
     pub fn reclaim(&mut self) -> u32 {
         let published: HashSet<Extent> = self.published.values().flatten().copied().collect();
-        let (named, free): (Vec<_>, Vec<_>) = self.quarantine.drain(..).partition(|extent| published.contains(extent));
-        self.quarantine = named;
-        free.iter().for_each(|&extent| self.extents.release(extent));
-        free.iter().map(|extent| extent.rows).sum()
+        let mut freed = 0;
+        self.quarantine.retain_mut(|given_up| {
+            let named = published.contains(&given_up.extent);
+            let free = given_up.unnamed && !named;
+            given_up.unnamed = !named;
+            if free {
+                self.extents.release(given_up.extent);
+                freed += given_up.extent.rows;
+            }
+            !free
+        });
+        freed
     }
 
     /// In all, in rows.
@@ -301,7 +332,7 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
 
     /// Rows in quarantine.
     pub fn quarantined_rows(&self) -> u32 {
-        self.quarantine.iter().map(|extent| extent.rows).sum()
+        self.quarantine.iter().map(|given_up| given_up.extent.rows).sum()
     }
 
     /// Rows that are neither free nor in quarantine.
@@ -324,6 +355,11 @@ impl<K: Clone + Eq + Hash, P: Copy + Eq + Hash> Residents<K, P> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// Lets a walk's time pass.
+    fn reclaim<K: Clone + Eq + Hash, P: Copy + Eq + Hash>(residents: &mut Residents<K, P>) -> u32 {
+        residents.reclaim() + residents.reclaim()
+    }
 
     /// What was taken back can be handed out again as one piece, and the smallest piece that fits is taken.
     #[test]
@@ -359,7 +395,7 @@ mod tests {
         assert_eq!(residents.place(&'d', 10), Placed::Later);
         assert_eq!((residents.pushed_out(), residents.quarantined_rows()), (0, 10));
         assert!(!residents.contains(&'c'));
-        assert_eq!(residents.reclaim(), 10);
+        assert_eq!(reclaim(&mut residents), 10);
         assert_eq!(residents.place(&'d', 10), Placed::Now(Extent { first: 20, rows: 10 }));
     }
 
@@ -379,15 +415,26 @@ mod tests {
         assert_eq!(residents.place(&'c', 10), Placed::Later);
         residents.publish(3, Vec::new());
         assert_eq!((residents.pushed_out(), residents.stale()), (1, vec![1]));
-        assert_eq!(residents.reclaim(), 0, "the first process may still read them");
+        assert_eq!(reclaim(&mut residents), 0, "the first process may still read them");
         residents.begin(1);
         residents.used(&'a', 1);
-        assert_eq!(residents.place(&'a', 10), Placed::No("no memory for unwind tables is left"));
+        assert_eq!(residents.place(&'a', 10), Placed::No(NO_ROOM));
         residents.publish(1, Vec::new());
-        assert_eq!((residents.stale(), residents.reclaim()), (vec![], 10));
+        assert_eq!((residents.stale(), residents.reclaim()), (vec![], 0));
+        assert_eq!(residents.reclaim(), 10, "the first process's ranges did not name them for a walk's time");
+        residents.begin(1);
+        residents.used(&'a', 1);
+        assert_eq!(residents.place(&'a', 10), Placed::No(NO_ROOM), "it is for the third");
         residents.begin(3);
         residents.used(&'c', 3);
         assert_eq!(residents.place(&'c', 10), Placed::Now(Extent { first: 0, rows: 10 }));
+        assert_eq!(residents.place(&'a', 10), Placed::No(NO_ROOM), "it is full");
+        residents.forget(2);
+        residents.begin(1);
+        residents.used(&'a', 1);
+        assert_eq!(residents.place(&'a', 10), Placed::Later, "what nobody uses goes for it");
+        assert_eq!((reclaim(&mut residents), residents.pushed_out()), (10, 1));
+        assert_eq!(residents.place(&'a', 10), Placed::Now(Extent { first: 10, rows: 10 }));
         assert_eq!(residents.place(&'c', 21), Placed::No("its rows do not fit into the memory for unwind tables"));
     }
 
@@ -454,8 +501,10 @@ mod tests {
                 residents.forget(process);
             }
             let keys: Vec<u8> = residents.files.keys().copied().collect();
-            keys.iter().for_each(|key| residents.take_out(key));
-            residents.reclaim();
+            for key in &keys {
+                residents.take_out(key);
+            }
+            reclaim(&mut residents);
             prop_assert_eq!(residents.extents.free_rows(), 100);
             prop_assert_eq!(residents.extents.free.len(), 1);
             prop_assert!(residents.files.is_empty());

@@ -70,7 +70,7 @@ pub struct Ranges {
     pub missing: Vec<(PathBuf, String)>,
     /// Other processes whose ranges name rows that are given up: they have to be made anew, too.
     pub stale: Vec<ProcessId>,
-    /// More rows can be loaded once [`Tables::reclaim`] has been called: make these ranges anew then.
+    /// More rows can be loaded once [`Tables::reclaim`] has freed some: make these ranges anew then.
     pub pending: bool,
 }
 
@@ -140,7 +140,7 @@ impl Tables {
     /// or executed another program, and when it is named in [`Ranges::stale`]. `through`: a thread of it that lives.
     ///
     /// The ranges of before hold until the new ones are in place; rows that they name are not written over before
-    /// [`Self::reclaim`].
+    /// [`Self::reclaim`] has freed them.
     ///
     /// # Errors
     /// Only if the process's mappings cannot be read; then nothing has changed.
@@ -364,8 +364,8 @@ impl Tables {
         self.files.retain(|key, _| self.residents.contains(key));
     }
 
-    /// To be called once every walk has ended that began before the latest ranges were put in place: rows that were given up
-    /// become free, but for those that the ranges of a process still name. Returns their number.
+    /// To be called now and then, with more time between two calls than any walk takes: rows that were given up, and that no
+    /// process's ranges named at the call before, become free. Returns their number.
     pub fn reclaim(&mut self) -> u32 {
         self.residents.reclaim()
     }
