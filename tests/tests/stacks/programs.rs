@@ -49,6 +49,10 @@ fn describe(recording: &Recording, maps: &BTreeMap<u32, String>) -> String {
             .collect();
         format!("{:?} after {} frames, outermost first {}", stack.end, stack.frames.len(), last.join(" < "))
     };
+    for (pid, maps) in maps {
+        let outermost = recording.outermost(*pid).into_iter().map(|address| place(maps, address));
+        let _ = writeln!(text, "  process {pid} begins at {}", outermost.collect::<Vec<_>>().join(", "));
+    }
     for (stack, count, pid) in recording.incomplete().into_iter().take(12) {
         let _ = writeln!(text, "    {count} times {}", where_it_ends(stack, pid));
     }
@@ -77,7 +81,8 @@ fn complete_stacks(test: &str, loaded: Loaded) -> Result<()> {
         ])
         .arg("--record")
         .arg(&file)
-        .run(TRACED + PATIENCE)?;
+        // Names of a large program take their time.
+        .run(TRACED + 3 * PATIENCE)?;
     ensure!(outcome.code()? == 0, "leaktrace ended with {}: {}", outcome.status, outcome.stderr);
     let maps = running.pids().iter().map(|&pid| Ok((pid, truth::maps(pid)?))).collect::<Result<_>>();
     let maps: BTreeMap<u32, String> = maps.context("the program has ended")?;
@@ -95,6 +100,10 @@ fn complete_stacks(test: &str, loaded: Loaded) -> Result<()> {
     };
     let all: u64 = ends.values().map(|(allocations, _)| allocations).sum();
     ensure!(all >= LOAD, "only {all} allocations: that is not load\n{text}");
+    // A program and its threads begin at one place each, so a stack that only seems whole would end at another.
+    for &pid in maps.keys() {
+        ensure!((1..=2).contains(&recording.outermost(pid).len()), "too many begins of process {pid}\n{text}");
+    }
     let bytes = |complete: bool| {
         let wanted = stacks(&report).filter(|stack| !complete || stack["complete"] == true);
         wanted.filter_map(|stack| stack["allocated_bytes"].as_f64()).sum::<f64>()

@@ -76,6 +76,12 @@ impl Recording {
         ends
     }
 
+    /// Where the complete stacks of process `pid` end: where programs and threads begin, if these are right.
+    pub fn outermost(&self, pid: u32) -> BTreeSet<u64> {
+        let stacks = self.stacks.iter().filter(|((tgid, _), stack)| *tgid == pid && stack.end.is_complete());
+        stacks.filter_map(|(_, stack)| stack.frames.last().copied()).collect()
+    }
+
     /// Stacks that are not complete with their numbers of allocations, most first.
     pub fn incomplete(&self) -> Vec<(&Recorded, u64, u32)> {
         let mut counts: HashMap<(u32, u64), u64> = HashMap::new();
