@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
 use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
 use leak_common::unwind::{Range, Target};
 use leak_common::{Clock, MissedFree, counter};
@@ -54,6 +54,14 @@ pub static ROWS: Array<u64> = Array::with_max_entries(1 << 21, 0);
 #[map]
 pub static RANGES: Array<Range> = Array::with_max_entries(1 << 14, 0);
 
+/// The program that goes on with a walk begun by a uprobe program, where the kernel has no `bpf_loop`.
+#[map]
+pub static WALK_UPROBE: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// The same for walks begun by a tracepoint program: a program can only be followed by one of its own type.
+#[map]
+pub static WALK_TRACEPOINT: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
 /// Rules by the return address they were looked up for; see `unwind`.
 #[map]
 pub static RULES: Array<[u64; 2]> = Array::with_max_entries(RULES_COUNT, 0);
@@ -98,6 +106,9 @@ static MIN_SIZE: u64 = 0;
 /// Allocations above this many bytes are not followed.
 #[unsafe(no_mangle)]
 static MAX_SIZE: u64 = u64::MAX;
+/// Whether the kernel has `bpf_loop`.
+#[unsafe(no_mangle)]
+static HAS_LOOP: u64 = 1;
 /// Whether records go to [`RING`]; otherwise to [`EVENTS`].
 #[unsafe(no_mangle)]
 static OWN_RING: u64 = 1;
@@ -142,6 +153,12 @@ pub fn return_offsets() -> ReturnOffsets {
 #[inline(always)]
 pub fn size_is_followed(size: u64) -> bool {
     size >= setting!(MIN_SIZE) && size <= setting!(MAX_SIZE)
+}
+
+/// Whether the kernel has `bpf_loop`.
+#[inline(always)]
+pub fn has_loop() -> bool {
+    setting!(HAS_LOOP) != 0
 }
 
 /// Whether records go to [`RING`].

@@ -21,7 +21,17 @@ mod arch {
 
     #[inline(always)]
     pub fn frame(regs: &pt_regs) -> Frame {
-        Frame { pc: regs.rip, sp: regs.rsp, fp: regs.rbp, result: regs.rax }
+        // Volatile, and so one load each: LLVM would otherwise address some of them from others, which the verifier does not
+        // allow for a program's context.
+        // SAFETY: fields of a live structure.
+        unsafe {
+            Frame {
+                pc: core::ptr::read_volatile(&raw const regs.rip),
+                sp: core::ptr::read_volatile(&raw const regs.rsp),
+                fp: core::ptr::read_volatile(&raw const regs.rbp),
+                result: core::ptr::read_volatile(&raw const regs.rax),
+            }
+        }
     }
 
     /// The first, second, ... argument of a system call; not those of a function (rcx is r10 here).

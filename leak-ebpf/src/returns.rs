@@ -3,16 +3,15 @@
 //! The kernel keeps the real ones in a list of the task, innermost first (`struct return_instance`,
 //! include/linux/uprobes.h). Where the fields are is read from the kernel's type information by user space.
 
-use core::ffi::c_void;
-
-use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_loop};
+use aya_ebpf::helpers::generated::bpf_get_current_task;
 use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_user};
 
 use crate::maps::return_offsets;
+use crate::repeat::repeat;
 use crate::unwind::range_of;
 
 /// The most pending return probes that are looked at.
-const INSTANCES: u32 = 128;
+const INSTANCES: u32 = 64;
 
 struct Search {
     slot: u64,
@@ -57,10 +56,7 @@ pub fn pending(slot: u64) -> u64 {
         return 0;
     }
     let mut search = Search { slot, instance: read(utask + offsets.instances), found: 0 };
-    // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
-    unsafe {
-        bpf_loop(INSTANCES, look as *mut c_void, (&raw mut search).cast::<c_void>(), 0);
-    }
+    repeat::<INSTANCES, _>(look, &raw mut search);
     search.found
 }
 

@@ -16,15 +16,18 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::generated::{bpf_loop, bpf_probe_read_user};
+use aya_ebpf::helpers::generated::{bpf_probe_read_user, bpf_tail_call};
 use leak_common::unwind::{Rule, cfa, fp, none};
 use leak_common::{MAX_FRAMES, StackHeader, counter, flag, kind, stack_end};
 
 use crate::emit::{header, output_bytes};
-use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, count, count_many, generation, use_tables};
+use crate::maps::{
+    SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, count_many, generation, has_loop, use_tables,
+};
 use crate::regs::Frame;
+use crate::repeat::repeat;
 use crate::returns;
-use crate::thread::Thread;
+use crate::thread::{Thread, current, ids};
 use crate::unwind::{self, BY_FRAME_POINTER, miss};
 
 /// Most bytes that are read at once.
@@ -64,6 +67,10 @@ pub struct Walk {
     /// Bits of `flag` for the stack's record.
     flags: u64,
     tgid: u64,
+    /// Which function allocates, one of `op`.
+    op: u64,
+    /// The generation of code addresses that this walk began in.
+    generation: u64,
     /// Frames of the kept stack, zero if it cannot be verified; its hash, and the flags it was sent with.
     kept_count: u64,
     kept_hash: u64,
@@ -174,10 +181,9 @@ impl Walk {
         self.sent_hash = 0;
     }
 
-    /// Adds a frame to those found, and looks whether it is a kept one. The walk ends with `MATCHED`, or because there
-    /// is no more room.
+    /// Whether this frame is one of the kept. The walk then ends with `MATCHED`.
     #[inline(always)]
-    fn push(&mut self, pc: u64, slot: u64, fp: u64, fp_at: u64, cfa_at: u64) {
+    fn meets_kept(&mut self, pc: u64, slot: u64, fp: u64) -> bool {
         // Kept frames that lie further in than this one are gone.
         let mut kept = self.kept;
         for _ in 0..4 {
@@ -185,24 +191,34 @@ impl Walk {
                 kept -= 1;
             }
         }
-        if kept > 0 {
-            let top = (kept - 1 & MASK) as usize;
-            if self.slots[top] == slot && self.pcs[top] == pc && (self.fp_at[top] == 0 || self.fps[top] == fp) {
-                self.kept = kept;
-                self.pc = pc;
-                self.sp = slot.wrapping_add(8);
-                self.fp = fp;
-                self.matched_fp_at = fp_at;
-                self.matched_cfa_at = cfa_at;
-                self.end = MATCHED;
-                return;
-            }
-            // Found and kept ones may not meet in the arrays; if they would, the kept ones give way.
-            if kept + self.found >= MASK {
-                kept = 0;
-            }
-        }
         self.kept = kept;
+        if kept == 0 {
+            return false;
+        }
+        let top = (kept - 1 & MASK) as usize;
+        if self.slots[top] == slot && self.pcs[top] == pc && (self.fp_at[top] == 0 || self.fps[top] == fp) {
+            self.pc = pc;
+            self.sp = slot.wrapping_add(8);
+            self.fp = fp;
+            self.end = MATCHED;
+            return true;
+        }
+        // Found and kept ones may not meet in the arrays; if they would, the kept ones give way.
+        if kept + self.found >= MASK {
+            self.kept = 0;
+        }
+        false
+    }
+
+    /// Adds a frame to those found, and looks whether it is a kept one. The walk ends with `MATCHED`, or because there
+    /// is no more room.
+    #[inline(always)]
+    fn push(&mut self, pc: u64, slot: u64, fp: u64, fp_at: u64, cfa_at: u64) {
+        if has_loop() && self.meets_kept(pc, slot, fp) {
+            self.matched_fp_at = fp_at;
+            self.matched_cfa_at = cfa_at;
+            return;
+        }
         if self.found >= MAX_FRAMES as u64 {
             self.end = u64::from(stack_end::TOO_DEEP);
             return;
@@ -251,7 +267,6 @@ impl Walk {
                 none::NO_ENTRY => {
                     // Hand-written code: its frame pointer is worth a try, and the stack is marked.
                     rule = BY_FRAME_POINTER;
-                    self.flags |= u64::from(flag::FRAME_POINTERS);
                     let at = ((FRAMES as u64 - self.found) & MASK) as usize;
                     self.hashes[at] = u64::from(rule.0);
                 }
@@ -259,6 +274,9 @@ impl Walk {
                 miss::INTERRUPTED => return u64::from(stack_end::INTERRUPTED),
                 _ => return u64::from(stack_end::NO_TABLE),
             }
+        }
+        if rule.0 == BY_FRAME_POINTER.0 && use_tables() {
+            self.flags |= u64::from(flag::FRAME_POINTERS);
         }
         let mut cfa_at = 0;
         let frame_address = match rule.cfa() {
@@ -330,7 +348,12 @@ impl Walk {
         };
         self.kept = 0;
         self.end = RUNNING;
-        self.push(pc, slot, fp, 0, 0);
+        // Whoever reads a stack takes its addresses for return addresses and looks up the byte before each. Neither the
+        // trampoline's nor the interrupted instruction's is one.
+        let at = ((FRAMES as u64 - self.found) & MASK) as usize;
+        self.pcs[at] = self.pcs[at].wrapping_add(1);
+        self.push(pc.wrapping_add(1), slot, fp, 0, 0);
+        self.pc = pc;
         self.sp = sp;
         self.exact = 1;
         self.end
@@ -428,30 +451,41 @@ extern "C" fn place(_index: u64, context: *mut Context) -> i64 {
 }
 
 #[inline(always)]
-fn run(callback: unsafe extern "C" fn(u64, *mut Context) -> i64, steps: u32, walk: &mut Walk) {
+fn run<const STEPS: u32>(callback: unsafe extern "C" fn(u64, *mut Context) -> i64, walk: &mut Walk) {
     let mut context = Context { walk };
-    // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
-    unsafe {
-        bpf_loop(steps, callback as *mut c_void, (&raw mut context).cast::<c_void>(), 0);
-    }
+    repeat::<STEPS, _>(callback, &raw mut context);
 }
 
-/// Takes the stack of `thread` from `frame` and returns its hash; user space has been sent the stack, or will be with
-/// the next allocation from it if the ring was full. With `at_entry` the innermost address is the one that the function
-/// returns to (the frame is that of a function's first instructions), otherwise it is the pc.
+const STEPS: u32 = (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP);
+
+/// What a stack is taken for, and so where its hash goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum For {
+    /// The allocator call in flight. The innermost address is the one that the function returns to: the frame is that
+    /// of its first instructions.
+    Call,
+    /// The system call in flight. The innermost address is the pc.
+    SystemCall,
+}
+
+/// Takes the stack of `thread` from `frame`. Its hash goes to the call in flight; user space has been sent the stack, or will
+/// be with the next allocation from it if the ring was full. Nothing may be left to do after this: where there is no `bpf_loop`,
+/// it does not return.
 #[inline(always)]
-pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
+pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: u8) {
     let generation = generation();
     let tgid = thread.tgid;
     let walk = &mut thread.walk;
     walk.found = 0;
     walk.flags = 0;
     walk.length = 0;
+    walk.op = u64::from(op);
     walk.tgid = u64::from(tgid);
     walk.tag = unwind::tag(tgid);
-    walk.kept = if walk.kept_generation == generation { walk.kept_count } else { 0 };
+    walk.kept = if has_loop() && walk.kept_generation == generation { walk.kept_count } else { 0 };
+    walk.generation = generation;
     walk.end = RUNNING;
-    if at_entry {
+    if what == For::Call {
         match word(walk, frame.sp & !7) {
             Some(caller) => walk.push(caller, frame.sp & !7, frame.fp, 0, 0),
             None => walk.end = u64::from(stack_end::BAD_READ),
@@ -460,14 +494,21 @@ pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
         // There is no slot: the address below the stack stands for it.
         walk.push(frame.pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
     }
+    if !has_loop() {
+        if walk.end == RUNNING {
+            follow_on(ctx, what);
+        }
+        finish(thread, what);
+        return;
+    }
     if walk.end == RUNNING {
-        run(step, (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP), walk);
+        run::<STEPS>(step, walk);
     }
     if walk.end == MATCHED {
         // The matched frame itself has just been read.
         walk.left = walk.kept - 1;
         if walk.left != 0 {
-            run(verify, (MAX_FRAMES as u32).div_ceil(VERIFIED_A_STEP), walk);
+            run::<{ (MAX_FRAMES as u32).div_ceil(VERIFIED_A_STEP) }>(verify, walk);
         }
         if walk.left == 0 {
             walk.end = u64::from(stack_end::COMPLETE);
@@ -475,19 +516,60 @@ pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
             walk.tally.reused += walk.kept;
             if walk.found == 0 && walk.kept == walk.kept_count {
                 walk.tally.add(0);
-                return publish_if_new(walk, walk.kept_hash, op);
+                let hash = walk.kept_hash;
+                hand_over(thread, what, hash);
+                return;
             }
         } else {
             // The kept stack is gone: on from the frame that seemed to be in it.
             walk.kept = 0;
             walk.end = RUNNING;
             walk.push(walk.pc, walk.sp.wrapping_sub(8), walk.fp, walk.matched_fp_at, walk.matched_cfa_at);
-            run(step, (MAX_FRAMES as u32).div_ceil(FRAMES_A_STEP), walk);
+            run::<STEPS>(step, walk);
         }
     } else {
         // Ended without having met the kept stack: none of its frames is outside of those found.
         walk.kept = 0;
     }
+    finish(thread, what);
+}
+
+/// Goes on with the walk in a program of its own. Returns only if the kernel refuses.
+#[inline(always)]
+fn follow_on(ctx: *mut c_void, what: For) {
+    let programs = if what == For::Call { &raw const WALK_UPROBE } else { &raw const WALK_TRACEPOINT };
+    // SAFETY: the context of this program, and a map of programs of its type.
+    unsafe {
+        bpf_tail_call(ctx, programs.cast_mut().cast::<c_void>(), 0);
+    }
+}
+
+/// Frames that one program leaves before it calls itself anew: the kernel allows 33 such calls.
+const FRAMES_A_CALL: u32 = 4;
+
+/// Goes on with a walk that another program began.
+#[inline(always)]
+pub fn go_on(ctx: *mut c_void, what: For) {
+    let Some(thread) = current(ids()) else {
+        return;
+    };
+    let walk = &mut thread.walk;
+    for _ in 0..FRAMES_A_CALL {
+        if walk.end == RUNNING {
+            walk.advance();
+        }
+    }
+    if walk.end == RUNNING {
+        follow_on(ctx, what);
+        walk.end = u64::from(stack_end::TOO_DEEP);
+    }
+    finish(thread, what);
+}
+
+/// Puts the frames that were found in their place, and hands the stack over.
+#[inline(always)]
+fn finish(thread: &mut Thread, what: For) {
+    let walk = &mut thread.walk;
     walk.tally.add(walk.found);
     walk.left = walk.found;
     let end = walk.end;
@@ -495,29 +577,40 @@ pub fn take(thread: &mut Thread, frame: Frame, at_entry: bool, op: u8) -> u64 {
     if !complete {
         walk.kept = 0;
     }
-    run(place, (FRAMES as u32).div_ceil(MOVED_A_STEP), walk);
+    run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place, walk);
     walk.record.count = walk.kept as u32;
     walk.record.end = end as u32;
     let hash = if walk.kept == 0 { end } else { walk.hashes[(walk.kept - 1 & MASK) as usize] ^ end };
     walk.kept_hash = hash;
     walk.kept_flags = walk.flags;
-    walk.kept_generation = generation;
+    walk.kept_generation = walk.generation;
     walk.kept_count = if complete && walk.flags & NOT_KEPT == 0 { walk.kept } else { 0 };
-    publish_if_new(walk, hash, op)
+    hand_over(thread, what, hash);
 }
 
-/// Sees to it that user space has the stack, and returns its hash.
+/// Tells the call in flight its stack.
 #[inline(always)]
-fn publish_if_new(walk: &mut Walk, hash: u64, op: u8) -> u64 {
-    if hash != walk.sent_hash && publish(walk, hash, op) {
+fn hand_over(thread: &mut Thread, what: For, hash: u64) {
+    publish_if_new(&mut thread.walk, hash);
+    if what == For::Call {
+        thread.stack = hash;
+        thread.caller = thread.walk.caller();
+    } else {
+        thread.call.stack = hash;
+    }
+}
+
+/// Sees to it that user space has the stack.
+#[inline(always)]
+fn publish_if_new(walk: &mut Walk, hash: u64) {
+    if hash != walk.sent_hash && publish(walk, hash) {
         walk.sent_hash = hash;
     }
-    hash
 }
 
 /// Sends the stack unless user space has it. True once user space has it.
 #[inline(never)]
-fn publish(walk: &mut Walk, hash: u64, op: u8) -> bool {
+fn publish(walk: &mut Walk, hash: u64) -> bool {
     let Some(set) = SEEN.get_ptr_mut((hash as u32) & (SEEN_SETS - 1)) else {
         return false;
     };
@@ -529,7 +622,7 @@ fn publish(walk: &mut Walk, hash: u64, op: u8) -> bool {
             return true;
         }
     }
-    walk.record.header = header(kind::STACK, op, walk.flags as u16, walk.tgid as u32);
+    walk.record.header = header(kind::STACK, walk.op as u8, walk.flags as u16, walk.tgid as u32);
     walk.record.id = hash;
     let frames = u64::from(walk.record.count) & MASK;
     let bytes = size_of::<StackHeader>() as u64 + frames * 8;

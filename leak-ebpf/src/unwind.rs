@@ -5,15 +5,14 @@
 //! check, so no lock is needed. The tag is of the process and of the generation of code addresses, so whatever maps code
 //! makes all entries void.
 
-use core::ffi::c_void;
-
-use aya_ebpf::helpers::generated::bpf_loop;
 use leak_common::unwind::{Range, Rule, cfa, fp, none, range_flag};
 
-use crate::maps::{RANGES, ROWS, RULES, RULES_COUNT, TARGETS, generation};
+use crate::maps::{RANGES, ROWS, RULES, RULES_COUNT, TARGETS, generation, has_loop};
+use crate::repeat::repeat;
 
-/// A frame with a frame pointer: the caller's frame pointer at the frame pointer, the return address above it.
-pub const BY_FRAME_POINTER: Rule = Rule::new(cfa::FP, 2, fp::AT_CFA, -2).unwrap();
+/// A frame with a frame pointer: the caller's frame pointer at the frame pointer, the return address above it. Tables say
+/// the same of such code with an offset from the CFA, so a rule tells whether it is from a table.
+pub const BY_FRAME_POINTER: Rule = Rule::new(cfa::FP, 2, fp::AT_FP, 0).unwrap();
 
 /// Offsets of `cfa::NONE` that only a look-up gives, beside those of `leak_common::unwind::none`.
 pub mod miss {
@@ -116,17 +115,14 @@ extern "C" fn halve_rows(_index: u64, search: *mut Search) -> i64 {
     // Not above the address: the answer is in the upper part.
     search.at += half & !below(search.address, address);
     search.count -= half;
-    i64::from(search.count <= 1)
+    0
 }
 
 /// The rule of the last row that is not above `address`, of `count` rows from `first`.
 #[inline(always)]
 fn last_not_above(first: u32, count: u32, address: u64) -> u32 {
     let mut search = Search { at: u64::from(first), count: u64::from(count), address };
-    // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
-    unsafe {
-        bpf_loop(HALVINGS, halve_rows as *mut c_void, (&raw mut search).cast::<c_void>(), 0);
-    }
+    repeat::<HALVINGS, _>(halve_rows, &raw mut search);
     match ROWS.get_ptr(search.at as u32) {
         // SAFETY: a valid map value. Code before the first row has no entry.
         Some(row) if unsafe { *row } >> 32 <= address => unsafe { *row as u32 },
@@ -147,7 +143,7 @@ extern "C" fn halve_ranges(_index: u64, search: *mut Search) -> i64 {
     let start = unsafe { (*range).start };
     search.at += half & !below(search.address, start);
     search.count -= half;
-    i64::from(search.count <= 1)
+    0
 }
 
 /// The range of code that holds `address`.
@@ -160,10 +156,7 @@ pub fn range_of(tgid: u32, address: u64) -> Option<&'static Range> {
         return None;
     }
     let mut search = Search { at: u64::from(first), count: u64::from(count), address };
-    // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
-    unsafe {
-        bpf_loop(HALVINGS, halve_ranges as *mut c_void, (&raw mut search).cast::<c_void>(), 0);
-    }
+    repeat::<HALVINGS, _>(halve_ranges, &raw mut search);
     let range = RANGES.get_ptr(search.at as u32)?;
     // SAFETY: a valid map value.
     let range = unsafe { &*range };
@@ -197,19 +190,24 @@ extern "C" fn void_range(index: u64, change: *mut Change) -> i64 {
     0
 }
 
+/// The most ranges that a change is looked for in.
+const CHANGED_RANGES: u32 = 1 << 14;
+
 /// The code at these addresses is not what it was: until user space has looked, there is no table for it.
 #[inline(never)]
 pub fn code_changed(tgid: u32, start: u64, size: u64) -> u64 {
+    if !has_loop() {
+        // Too long for a plain loop: then nothing is known for a moment.
+        all_code_changed(tgid);
+        return 0;
+    }
     let Some(target) = TARGETS.get_ptr(tgid) else {
         return 0;
     };
     // SAFETY: a valid map value.
     let (first, count) = unsafe { ((*target).first_range, (*target).ranges) };
     let mut change = Change { first: u64::from(first), count: u64::from(count), start, end: start.wrapping_add(size) };
-    // SAFETY: the callback has the signature that bpf_loop wants, and the context outlives the call.
-    unsafe {
-        bpf_loop(1 << 14, void_range as *mut c_void, (&raw mut change).cast::<c_void>(), 0);
-    }
+    repeat::<CHANGED_RANGES, _>(void_range, &raw mut change);
     0
 }
 

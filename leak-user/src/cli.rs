@@ -161,6 +161,10 @@ pub struct TraceFlags {
     )]
     pub unwind_memory: String,
 
+    /// What to do without, as if the kernel did not have it; for tests of the ways around it
+    #[arg(long, value_enum, value_name = "WHAT", value_delimiter = ',', hide = true)]
+    pub without: Vec<Feature>,
+
     /// More about what is done, to the standard error; twice for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -196,6 +200,21 @@ pub enum UnwindFlag {
     Auto,
     /// By the chain of frame pointers
     Fp,
+}
+
+/// What newer kernels have.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// Session links of uprobes (6.13).
+    Session,
+    /// Links over many uprobes (6.6).
+    Multi,
+    /// Programs at the kernel's functions.
+    Functions,
+    /// Tracepoints with typed arguments.
+    Types,
+    /// `bpf_loop` (5.17) and atomic operations with a result (5.12).
+    Loop,
 }
 
 /// Ends the program the way clap does for an error of its own: message and usage to the standard error, status 2.

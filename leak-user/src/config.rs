@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use crate::cli::Format;
-use crate::cli::{Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
+use crate::cli::{Feature, Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
 
 /// The kernel's upper bound of process ids (`PID_MAX_LIMIT`).
 const PID_MAX: u32 = 1 << 22;
@@ -53,6 +53,8 @@ pub struct Config {
     pub allocators: Vec<PathBuf>,
     pub resources: Resources,
     pub fail_on_leak: bool,
+    /// Features of the kernel that are not used.
+    pub without: Vec<Feature>,
     /// How often `-v` was given.
     pub verbosity: u8,
     /// Where to write the stream of kernel records.
@@ -171,6 +173,7 @@ impl Config {
                 mmap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Mmap),
             },
             fail_on_leak: flags.fail_on_leak,
+            without: flags.without,
             verbosity: flags.verbose,
             record,
         })
@@ -353,6 +356,7 @@ mod tests {
                 allocators: Vec::new(),
                 resources: Resources { heap: true, mmap: true },
                 fail_on_leak: false,
+                without: Vec::new(),
                 verbosity: 0,
                 record: None,
             }

@@ -14,7 +14,7 @@ use crate::emit::{emit, emit_free, header, missed_free, output};
 use crate::maps::{count, is_target, now, size_is_followed};
 use crate::regs::{self, Frame};
 use crate::returns;
-use crate::stack;
+use crate::stack::{self, For};
 use crate::thread::{Ids, Thread, current, ids, new};
 
 /// What a session program answers at entry: run it at the return too, or not (`UPROBE_HANDLER_IGNORE`). As the result of
@@ -60,7 +60,7 @@ fn product(a: u64, b: u64) -> Option<u64> {
 
 /// Records that an allocation began. `pointer`: realloc's block, or where `posix_memalign` will put the address.
 #[inline(always)]
-fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u8, size: u64, pointer: u64) -> u32 {
+fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8, size: u64, pointer: u64) -> u32 {
     let now = now();
     let resizes = (op == op::REALLOC || op == op::REALLOCARRAY) && pointer != 0;
     let mut tail_call = false;
@@ -112,11 +112,10 @@ fn enter(thread: &mut Thread, ids: Ids, frame: Frame, op: u8, size: u64, pointer
     thread.pointer = pointer;
     // In a tail call the caller's return probe has replaced the return address by its trampoline, and the stack is the
     // one that was taken then.
-    if !tail_call {
-        thread.stack = stack::take(thread, frame, true, op);
-        thread.caller = thread.walk.caller();
-    }
     thread.sp = frame.sp;
+    if !tail_call {
+        stack::take(ctx.as_ptr(), thread, frame, For::Call, op);
+    }
     WITH_RETURN
 }
 
@@ -220,7 +219,7 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids
         return NO_RETURN;
     };
     match arguments(ctx, shape) {
-        Some((size, pointer)) => enter(thread, ids, frame, shape, size, pointer),
+        Some((size, pointer)) => enter(ctx, thread, ids, frame, shape, size, pointer),
         None => NO_RETURN,
     }
 }
@@ -307,3 +306,10 @@ entry!(enter_realloc, op::REALLOC);
 entry!(enter_reallocarray, op::REALLOCARRAY);
 entry!(enter_posix, op::POSIX_MEMALIGN);
 entry!(enter_free, op::FREE);
+
+/// Goes on with the walk of a call's stack, where the kernel has no `bpf_loop`.
+#[uprobe]
+fn walk_uprobe(ctx: ProbeContext) -> u32 {
+    stack::go_on(ctx.as_ptr(), For::Call);
+    0
+}

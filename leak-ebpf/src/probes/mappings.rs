@@ -7,6 +7,9 @@
 //! arguments (5.5); the plain raw tracepoints are the last resort.
 //! All give the user's registers, from which the stack is taken, and need no tracefs.
 
+use core::ffi::c_void;
+
+use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::pt_regs;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::{btf_tracepoint, fentry, fexit, raw_tracepoint};
@@ -16,7 +19,7 @@ use leak_common::{Map, RemapEnd, Unmap, UnmapEnd, counter, flag, kind, op};
 use crate::emit::{emit, header};
 use crate::maps::{is_target, now, raise_generation};
 use crate::regs::{self, nr};
-use crate::stack;
+use crate::stack::{self, For};
 use crate::thread::{current, current_or_new, ids};
 use crate::unwind;
 
@@ -32,7 +35,7 @@ fn is_mapping_call(number: u64) -> bool {
 fn typed_sys_enter(ctx: BtfTracePointContext) -> u32 {
     let number: u64 = ctx.arg(1);
     if is_mapping_call(number) {
-        enter(number, ctx.arg(0));
+        enter(ctx.as_ptr(), number, ctx.arg(0));
     }
     0
 }
@@ -51,7 +54,7 @@ fn typed_sys_exit(ctx: BtfTracePointContext) -> u32 {
 fn sys_enter(ctx: RawTracePointContext) -> u32 {
     let number: u64 = ctx.arg(1);
     if is_mapping_call(number) {
-        enter(number, ctx.arg(0));
+        enter(ctx.as_ptr(), number, ctx.arg(0));
     }
     0
 }
@@ -62,12 +65,19 @@ fn sys_exit(ctx: RawTracePointContext) -> u32 {
     0
 }
 
+/// Goes on with the walk of a system call's stack, where the kernel has no `bpf_loop`.
+#[raw_tracepoint(tracepoint = "sys_enter")]
+fn walk_tracepoint(ctx: RawTracePointContext) -> u32 {
+    stack::go_on(ctx.as_ptr(), For::SystemCall);
+    0
+}
+
 /// The pair of programs at one system call's function, whose only argument is the user's registers.
 macro_rules! system_call {
     ($enter:ident, $leave:ident, $number:expr) => {
         #[fentry]
         fn $enter(ctx: FEntryContext) -> u32 {
-            enter($number, ctx.arg(0));
+            enter(ctx.as_ptr(), $number, ctx.arg(0));
             0
         }
 
@@ -86,7 +96,7 @@ system_call!(enter_brk, leave_brk, nr::BRK);
 
 /// A mapping call of any process begins; `registers` is the address of the user's.
 #[inline(always)]
-fn enter(number: u64, registers: u64) {
+fn enter(ctx: *mut c_void, number: u64, registers: u64) {
     let ids = ids();
     if !is_target(ids.tgid) {
         return;
@@ -127,7 +137,7 @@ fn enter(number: u64, registers: u64) {
     }
     // An allocator's own mapping is not the program's; the break is followed wherever it is moved.
     if number != nr::MUNMAP && !in_allocator {
-        thread.call.stack = stack::take(thread, regs::frame(&user), false, op::MAPPING);
+        stack::take(ctx, thread, regs::frame(&user), For::SystemCall, op::MAPPING);
     }
 }
 
@@ -151,10 +161,11 @@ fn leave(result: u64) {
     match number {
         nr::MMAP if !failed => {
             let file = call.flags & MAP_ANONYMOUS == 0;
-            if file && call.prot & PROT_EXEC != 0 {
+            if call.prot & PROT_EXEC != 0 {
                 unwind::code_changed(ids.tgid, result, call.size);
                 raise_generation();
-                let map = map(kind::MAP_EXEC, flag::FILE, ids.tgid, result, call.size, 0, now);
+                let flags = if file { flag::FILE } else { 0 };
+                let map = map(kind::MAP_EXEC, flags, ids.tgid, result, call.size, 0, now);
                 emit(map, counter::RING_FULL_OTHER);
             }
             if !in_allocator {

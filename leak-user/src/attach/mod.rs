@@ -80,8 +80,8 @@ pub struct Settings {
     pub min_size: u64,
     /// Allocations above this many bytes are not followed.
     pub max_size: u64,
-    /// Uses the kernel's ring buffer even where our own works.
-    pub kernel_ring: bool,
+    /// Does without what kernels before 5.17 lack: atomic operations with a result and `bpf_loop`.
+    pub old_kernel: bool,
     /// Whether mapping system calls are followed.
     pub mappings: bool,
     /// Uses this kind of probe instead of the best one.
@@ -99,7 +99,7 @@ impl Default for Settings {
         Self {
             min_size: 0,
             max_size: u64::MAX,
-            kernel_ring: false,
+            old_kernel: false,
             mappings: true,
             kind: None,
             tables: true,
@@ -166,6 +166,8 @@ pub struct Programs {
     tracing_links: Vec<OwnedFd>,
     mapping_hook: MappingHook,
     own_ring: bool,
+    /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
+    _walkers: Vec<OwnedFd>,
 }
 
 /// How mapping calls are watched.
@@ -233,19 +235,22 @@ impl Programs {
             loader.override_global(name, value, true);
         }
         let tables = u64::from(settings.tables);
-        let own_ring = sys::has_fetch_add() && !settings.kernel_ring;
+        let own_ring = sys::has_fetch_add() && !settings.old_kernel;
+        let has_loop = sys::has_loop() && !settings.old_kernel;
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
             .override_global("USE_TABLES", &tables, true)
             .override_global("OWN_RING", &u64::from(own_ring), true)
+            .override_global("HAS_LOOP", &u64::from(has_loop), true)
             // The one that is not used takes as little as there can be.
             .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
             .map_max_entries("ROWS", if settings.tables { settings.rows.max(1) } else { 1 })
             .load(OBJECT)
             .context("failed to load the BPF maps")?;
-        let objects = Objects::parse(&ebpf, own_ring)?;
+        let objects = Objects::parse(&ebpf, own_ring, has_loop)?;
         let uprobes = load_uprobes(&objects, kind)?;
+        let walkers = if has_loop { Vec::new() } else { load_walkers(&objects, &ebpf, kind)? };
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
@@ -262,10 +267,13 @@ impl Programs {
             tracing_links: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
+            _walkers: walkers,
         };
         programs.attach_tracepoints(&PROCESS_PROGRAMS)?;
         if settings.mappings {
-            programs.watch_mappings(&objects, btf.as_ref(), settings.mapping_hook)?;
+            // Only programs at raw tracepoints can be followed by one of their type.
+            let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
+            programs.watch_mappings(&objects, btf.as_ref(), only)?;
         }
         programs.sync_clock();
         Ok(programs)
@@ -441,6 +449,22 @@ impl Programs {
     }
 }
 
+/// Loads the programs that go on with walks, where the kernel has no `bpf_loop`.
+fn load_walkers(objects: &Objects, ebpf: &Ebpf, kind: UprobeKind) -> Result<Vec<OwnedFd>> {
+    let walkers = [
+        ("walk_uprobe", Hook::Uprobe(kind), "WALK_UPROBE"),
+        ("walk_tracepoint", Hook::RawTracepoint, "WALK_TRACEPOINT"),
+    ];
+    let load = |(name, hook, map): (&str, Hook, &str)| {
+        let program = objects.load(name, hook)?;
+        let programs = ebpf.map(map).with_context(|| format!("the BPF object lacks the map {map}"))?;
+        sys::set_program(map_data(programs).fd().as_fd(), program.as_fd())
+            .with_context(|| format!("failed to put the program {name} into its map"))?;
+        Ok(program)
+    };
+    walkers.into_iter().map(load).collect()
+}
+
 fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name).ok_or_else(|| anyhow!("the BPF object lacks the map {name}"))
 }
@@ -501,7 +525,7 @@ struct Objects {
 }
 
 impl Objects {
-    fn parse(ebpf: &Ebpf, own_ring: bool) -> Result<Self> {
+    fn parse(ebpf: &Ebpf, own_ring: bool, has_loop: bool) -> Result<Self> {
         let mut object = Object::parse(OBJECT).context("failed to parse the BPF object")?;
         let btf = match aya::features().btf() {
             Some(features) => {
@@ -519,6 +543,9 @@ impl Objects {
         object.relocate_maps(placed.into_iter(), &sections)?;
         object.relocate_calls(&sections)?;
         object.sanitize_functions(aya::features());
+        if !has_loop {
+            object.functions.values_mut().for_each(|function| sys::remove_callbacks(&mut function.instructions));
+        }
         if !own_ring {
             object.functions.values_mut().for_each(|function| sys::remove_fetch_add(&mut function.instructions));
         }

@@ -42,6 +42,8 @@ pub enum Hook {
     FunctionExit(u32),
     /// A tracepoint with typed arguments, by the id of its type `btf_trace_*`.
     Tracepoint(u32),
+    /// A raw tracepoint.
+    RawTracepoint,
 }
 
 impl Hook {
@@ -51,6 +53,7 @@ impl Hook {
             Self::FunctionEntry(_) | Self::FunctionExit(_) | Self::Tracepoint(_) => {
                 bpf_prog_type::BPF_PROG_TYPE_TRACING
             }
+            Self::RawTracepoint => bpf_prog_type::BPF_PROG_TYPE_RAW_TRACEPOINT,
         }
     }
 
@@ -60,6 +63,7 @@ impl Hook {
             Self::FunctionEntry(_) => bpf_attach_type::BPF_TRACE_FENTRY as u32,
             Self::FunctionExit(_) => bpf_attach_type::BPF_TRACE_FEXIT as u32,
             Self::Tracepoint(_) => bpf_attach_type::BPF_TRACE_RAW_TP as u32,
+            Self::RawTracepoint => 0,
         }
     }
 }
@@ -163,16 +167,13 @@ pub fn load_answer(name: &str, kind: UprobeKind, answer: i32) -> io::Result<Owne
     })
 }
 
-/// `r1 = atomic_fetch_add((u64 *)(r0), r1)` and the exchange are BPF_STX | BPF_ATOMIC | BPF_DW with the bit BPF_FETCH.
+/// `r1 = atomic_fetch_add((u64 *)(r0), r1)` and the exchange are `BPF_STX | BPF_ATOMIC | BPF_DW` with the bit `BPF_FETCH`.
 const ATOMIC: u8 = 0xdb;
 const FETCH: i32 = 1;
 
-/// Whether the kernel has atomic operations with a result (5.12), found by loading one.
-pub fn has_fetch_add() -> bool {
-    // r1 = 0; *(u64 *)(r10 - 8) = r1; r1 = atomic_fetch_add((u64 *)(r10 - 8), r1); r0 = 0; exit
-    let code =
-        [(0xb7, 1, 0, 0, 0), (0x7b, 10, 1, -8, 0), (ATOMIC, 10, 1, -8, FETCH), (0xb7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0)];
-    let instructions = code.map(|(code, dst, src, off, imm)| {
+/// Instructions as (code, dst, src, off, imm).
+fn assemble<const N: usize>(code: [(u8, u8, u8, i16, i32); N]) -> [bpf_insn; N] {
+    code.map(|(code, dst, src, off, imm)| {
         // SAFETY: plain integers, for which zero is a valid value.
         let mut instruction: bpf_insn = unsafe { std::mem::zeroed() };
         instruction.code = code;
@@ -181,22 +182,71 @@ pub fn has_fetch_add() -> bool {
         instruction.off = off;
         instruction.imm = imm;
         instruction
-    });
+    })
+}
+
+fn load_instructions(instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
     let license = c"Dual MIT/GPL".to_owned();
     load_program(&Program {
         name: "leak_probe",
-        instructions: &instructions,
+        instructions,
         license: &license,
         hook: Hook::Uprobe(UprobeKind::Perf),
         btf: None,
         func_info: Vec::new(),
         func_info_size: 0,
     })
+}
+
+/// Whether the kernel has atomic operations with a result (5.12), found by loading one.
+pub fn has_fetch_add() -> bool {
+    // r1 = 0; *(u64 *)(r10 - 8) = r1; r1 = atomic_fetch_add((u64 *)(r10 - 8), r1); r0 = 0; exit
+    load_instructions(&assemble([
+        (0xb7, 1, 0, 0, 0),
+        (0x7b, 10, 1, -8, 0),
+        (ATOMIC, 10, 1, -8, FETCH),
+        (0xb7, 0, 0, 0, 0),
+        (0x95, 0, 0, 0, 0),
+    ]))
     .is_ok()
 }
 
-/// Replaces atomic operations with a result, which stand where they are never reached, by `r0 = r0`-like loads of a
-/// constant: kernels that do not know them refuse a program that contains one.
+/// `BPF_PSEUDO_FUNC`: the constant is the address of a function of the program (5.13).
+const PSEUDO_FUNC: u8 = 4;
+const LOAD_CONSTANT: u8 = 0x18;
+
+/// Whether the kernel has `bpf_loop` (5.17): as libbpf's `probe_bpf_helper` does, a call with wrong arguments is tried, and what
+/// the verifier says of it tells whether it knows the function at all.
+pub fn has_loop() -> bool {
+    const BPF_FUNC_LOOP: i32 = 181;
+    // r1 = r2 = r3 = r4 = 0; call bpf_loop; r0 = 0; exit
+    let tried = load_instructions(&assemble([
+        (0xb7, 1, 0, 0, 0),
+        (0xb7, 2, 0, 0, 0),
+        (0xb7, 3, 0, 0, 0),
+        (0xb7, 4, 0, 0, 0),
+        (0x85, 0, 0, 0, BPF_FUNC_LOOP),
+        (0xb7, 0, 0, 0, 0),
+        (0x95, 0, 0, 0, 0),
+    ]));
+    tried.err().is_none_or(|error| {
+        let text = error.to_string();
+        !text.contains("invalid func") && !text.contains("unknown func")
+    })
+}
+
+/// Replaces addresses of functions, which stand where they are never reached, by zero: kernels that do not know them refuse
+/// a program that contains one.
+pub fn remove_callbacks(instructions: &mut [bpf_insn]) {
+    for instruction in instructions {
+        if instruction.code == LOAD_CONSTANT && instruction.src_reg() == PSEUDO_FUNC {
+            instruction.set_src_reg(0);
+            instruction.imm = 0;
+        }
+    }
+}
+
+/// Replaces atomic operations with a result, which stand where they are never reached, by loads of a constant: kernels that do not know them refuse a program that contains one.
 pub fn remove_fetch_add(instructions: &mut [bpf_insn]) {
     for instruction in instructions {
         if instruction.code == ATOMIC && instruction.imm & FETCH != 0 {
@@ -231,6 +281,18 @@ pub fn update_batch(map: BorrowedFd<'_>, keys: &[u32], values: *const u8) -> io:
     batch.count = keys.len() as u32;
     batch.map_fd = map.as_raw_fd() as u32;
     bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
+/// Puts a program into the first place of a map of programs.
+pub fn set_program(map: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let (key, value) = (0_u32, program.as_raw_fd() as u32);
+    let mut attr = zeroed();
+    // SAFETY: this is the union's member for element commands, and all of it is zero.
+    let element = unsafe { &mut attr.__bindgen_anon_2 };
+    element.map_fd = map.as_raw_fd() as u32;
+    element.key = std::ptr::from_ref(&key) as u64;
+    element.__bindgen_anon_1.value = std::ptr::from_ref(&value) as u64;
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
 /// Attaches a program to the function or the tracepoint that it was loaded for.

@@ -242,7 +242,7 @@ fn functions(sym: &Sym) -> Arc<[Name]> {
         // blazesym does not follow an inlined function's name into a file that is shared by several.
         let reason = function.is_empty().then(|| "the debug information gives the inlined function no name".to_owned());
         let function = Some(function).filter(|function| !function.is_empty());
-        Name { function, line: code.and_then(|c| c.line), file, inlined, language, reason }
+        Name { function, line: code.and_then(|c| c.line).filter(|&line| line > 0), file, inlined, language, reason }
     };
     let inlined = sym.inlined.iter().rev().map(|inlined| name(&inlined.name, inlined.code_info.as_ref(), true));
     let outermost = name(&sym.name, sym.code_info.as_deref(), false);

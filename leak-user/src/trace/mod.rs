@@ -27,7 +27,8 @@ use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::summary::{Moment, Snapshot};
 use self::target::{Followed, Target};
-use crate::attach::{Programs, Settings};
+use crate::attach::{MappingHook, Programs, Settings, UprobeKind};
+use crate::cli::Feature;
 use crate::config::{Config, Target as What, Unwind};
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
@@ -133,7 +134,19 @@ impl<'a> Run<'a> {
             What::Command(_) => Vec::new(),
         };
         raise_memlock();
+        let without = |feature| config.without.contains(&feature);
         let settings = Settings {
+            old_kernel: without(Feature::Loop),
+            kind: match (without(Feature::Session), without(Feature::Multi)) {
+                (_, true) => Some(UprobeKind::Perf),
+                (true, false) => Some(UprobeKind::Multi),
+                (false, false) => None,
+            },
+            mapping_hook: match (without(Feature::Functions), without(Feature::Types)) {
+                (_, true) => Some(MappingHook::Tracepoints),
+                (true, false) => Some(MappingHook::TypedTracepoints),
+                (false, false) => None,
+            },
             min_size: config.min_size,
             max_size: config.max_size,
             mappings: config.resources.mmap,
