@@ -216,9 +216,8 @@ impl Space {
     pub fn reload(&mut self, modules: &mut Modules) {
         self.loaded = Some(Instant::now());
         self.expired = false;
-        let pid = self.through;
-        let Ok(text) = fs::read(format!("/proc/{pid}/maps")) else { return };
-        let root = modules.roots.of(pid);
+        let Ok(text) = fs::read(format!("/proc/{}/maps", self.through)) else { return };
+        let root = modules.roots.of(self.through);
         // The pid may be another's by now.
         if ProcessId::current(self.id.tgid).map_or(true, |now| now != self.id) {
             return;
@@ -230,7 +229,7 @@ impl Space {
             if let Some((_, module)) = &file
                 && modules.by_id.len() <= MAX_OPENED_EARLY
             {
-                module.open(&mapping, pid);
+                module.open(&mapping, self.through);
             }
             Range { start: mapping.start, end: mapping.end, offset: mapping.offset, file, path: mapping.path.into() }
         };
@@ -282,7 +281,7 @@ impl Space {
 
     fn read_perf_map(&mut self) {
         self.perf_map_read = Some(Instant::now());
-        self.perf_map.refresh(self.id, self.root.as_deref());
+        self.perf_map.refresh(self.id, self.through, self.root.as_deref());
     }
 
     /// The name of generated code at an address.
@@ -310,7 +309,7 @@ impl Space {
             return if self.ranges.is_empty() { ENDED } else { NOT_MAPPED };
         };
         if let Some((_, module)) = &range.file {
-            module.open(&range.mapping(), self.id.tgid);
+            module.open(&range.mapping(), self.through);
             let place = Place::File { module: Arc::clone(module), offset: inside_call - range.start + range.offset };
             // Some compilers map the memory for their code twice, by a file that has no name.
             if !range.is_shared_memory() {

@@ -96,9 +96,10 @@ impl PerfMap {
         own.or_else(|| self.inherited.find(address)).cloned().ok_or(self.reason)
     }
 
-    /// Opens the map if it is there by now, and reads what has been added to it. `root` is the process's.
-    pub fn refresh(&mut self, id: ProcessId, root: Option<&Root>) {
-        let owner = root.zip(Owner::of(id.tgid));
+    /// Opens the map if it is there by now, and reads what has been added to it. `root` is the process's, `through` a thread
+    /// of it that lives.
+    pub fn refresh(&mut self, id: ProcessId, through: u32, root: Option<&Root>) {
+        let owner = root.zip(Owner::of(through));
         // Whoever has this pid now, if it is not the process: its map is not ours.
         let alive = || ProcessId::current(id.tgid).is_ok_and(|now| now == id);
         if let Some((root, owner)) = owner
@@ -222,7 +223,7 @@ mod tests {
 
         fn find(&mut self, address: u64) -> Result<String, &'static str> {
             let root = Root::at(self.folder.path()).expect("the folder can be opened");
-            self.map.refresh(self.id, Some(&root));
+            self.map.refresh(self.id, self.id.tgid, Some(&root));
             self.map.find(address).map(|name| name.to_string())
         }
     }
@@ -251,10 +252,10 @@ mod tests {
         let root = Root::at(scene.folder.path()).expect("the folder can be opened");
         // The pid has gone to another process since.
         let ended = ProcessId { start_time: scene.id.start_time + 1, ..scene.id };
-        scene.map.refresh(ended, Some(&root));
+        scene.map.refresh(ended, ended.tgid, Some(&root));
         assert_eq!(scene.map.find(0x2000).as_deref(), Ok("last"));
         let mut other = PerfMap::default();
-        other.refresh(ended, Some(&root));
+        other.refresh(ended, ended.tgid, Some(&root));
         assert_eq!(other.find(0x2000), Err(NONE));
     }
 
