@@ -152,7 +152,6 @@ impl<'a> Run<'a> {
             mappings: config.resources.mmap,
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
-            ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
         let ring = Ring::take(&mut programs)?;
@@ -383,6 +382,9 @@ impl<'a> Run<'a> {
     /// Repairs what no event told of.
     fn sweep(&mut self) {
         self.programs.sync_clock();
+        for target in self.targets.iter().filter(|target| target.ended.is_none()) {
+            self.symbols.refresh(target.id());
+        }
         self.follow_threads(true);
         for target in self.targets.iter_mut().filter(|target| target.ended.is_none()) {
             refresh(target, &mut self.code, &mut self.programs, self.config);
