@@ -27,9 +27,9 @@ unsafe fn fetch_add(cell: *mut u64, by: u64) -> u64 {
 
 /// Takes a place of `size` bytes, header included, in the ring: the address of its header. `None` where it is full.
 #[inline(always)]
-fn reserve(size: u64) -> Option<*mut u8> {
+fn reserve(size: u64) -> Option<*mut u64> {
     let positions = POSITIONS.get_ptr_mut(0)?;
-    let ring = RING.get_ptr_mut(0)?.cast::<u8>();
+    let ring = RING.get_ptr_mut(0)?.cast::<u64>();
     // SAFETY: a valid map value, whose words are aligned. All sides reach `producer` by atomic operations; `consumer` is one
     // word that user space writes.
     let position = unsafe {
@@ -47,7 +47,7 @@ fn reserve(size: u64) -> Option<*mut u8> {
         core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = const RING_SIZE as i64 - 1);
     }
     // SAFETY: the ring is longer than RING_SIZE by the longest record.
-    Some(unsafe { ring.add(at as usize) })
+    Some(unsafe { ring.byte_add(at as usize) })
 }
 
 /// Makes a record of `length` bytes behind `header` visible to user space.
@@ -55,8 +55,7 @@ fn reserve(size: u64) -> Option<*mut u8> {
 /// # Safety
 /// `header` must be what [`reserve`] gave.
 #[inline(always)]
-unsafe fn commit(header: *mut u8, length: u64) {
-    let header = header.cast::<u64>();
+unsafe fn commit(header: *mut u64, length: u64) {
     // SAFETY: the caller's promise. x86 keeps the order of stores; elsewhere the exchange does.
     unsafe {
         #[cfg(bpf_target_arch = "x86_64")]
@@ -83,7 +82,7 @@ pub fn output<T>(record: &T) -> bool {
         for word in 0..size_of::<T>() / 8 {
             // SAFETY: the record has that many words, all initialised (no implicit padding, see leak_common), and the place
             // is as long. Volatile, so that it is not put off until after the header.
-            unsafe { core::ptr::write_volatile(place.add(8 + word * 8).cast::<u64>(), *from.add(word)) };
+            unsafe { core::ptr::write_volatile(place.add(1 + word), *from.add(word)) };
         }
         // SAFETY: it was just reserved.
         unsafe { commit(place, length) };
@@ -106,7 +105,7 @@ pub unsafe fn output_bytes(record: *mut c_void, length: u64) -> bool {
         };
         // SAFETY: the place holds that many bytes. Reading kernel memory that is there cannot fail.
         unsafe {
-            bpf_probe_read_kernel(place.add(8).cast::<c_void>(), length as u32, record);
+            bpf_probe_read_kernel(place.add(1).cast::<c_void>(), length as u32, record);
             commit(place, length);
         }
         return true;

@@ -5,7 +5,7 @@
 //! - [`thread`]: what is remembered of each thread, above all the call in flight;
 //! - [`stack`]: the call stack, hashed, and sent whole the first time it is seen;
 //! - [`unwind`]: by which rule the frame of an address is left;
-//! - [`repeat`]: loops;
+//! - [`mod@repeat`]: loops of many steps;
 //! - [`returns`]: return addresses that a return probe has replaced;
 //! - [`emit`]: records into the ring, and what happens when it is full;
 //! - [`probes`]: the programs.

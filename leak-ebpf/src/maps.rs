@@ -17,7 +17,7 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
 
 /// The records of all processes. One ring: the order of places is then the order of events, also between threads and CPUs.
 #[map]
-pub static RING: Array<[u8; RING_SIZE as usize + MAX_RECORD]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+pub static RING: Array<[u64; (RING_SIZE as usize + MAX_RECORD) / 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// How far the ring is written and read.
 #[map]

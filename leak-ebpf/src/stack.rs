@@ -96,7 +96,7 @@ pub struct Walk {
     cfa_at: [u64; FRAMES],
     /// Of a kept stack the hash of this frame and those outside it; of a walk's frames the rule they are left by.
     hashes: [u64; FRAMES],
-    piece: [u8; PIECE as usize],
+    piece: [u64; PIECE as usize / 8],
 }
 
 /// How many frames were unwound and how many reused, since they were last added to the counters.
@@ -113,7 +113,7 @@ impl Tally {
     fn add(&mut self, walked: u64) {
         self.walked += walked;
         self.stacks += 1;
-        if self.stacks & 63 == 0 {
+        if self.stacks.is_multiple_of(64) {
             count_many(counter::FRAMES_WALKED, self.walked);
             count_many(counter::FRAMES_REUSED, self.reused);
             self.walked = 0;
@@ -164,7 +164,7 @@ fn word(walk: &mut Walk, address: u64) -> Option<u64> {
     }
     let at = (at & (PIECE - 8)) as usize;
     // SAFETY: at is at most PIECE - 8.
-    Some(unsafe { walk.piece.as_ptr().add(at).cast::<u64>().read() })
+    Some(unsafe { walk.piece.as_ptr().byte_add(at).read() })
 }
 
 impl Walk {
@@ -187,7 +187,7 @@ impl Walk {
         // Kept frames that lie further in than this one are gone.
         let mut kept = self.kept;
         for _ in 0..4 {
-            if kept > 0 && self.slots[(kept - 1 & MASK) as usize] < slot {
+            if kept > 0 && self.slots[((kept - 1) & MASK) as usize] < slot {
                 kept -= 1;
             }
         }
@@ -195,7 +195,7 @@ impl Walk {
         if kept == 0 {
             return false;
         }
-        let top = (kept - 1 & MASK) as usize;
+        let top = ((kept - 1) & MASK) as usize;
         if self.slots[top] == slot && self.pcs[top] == pc && (self.fp_at[top] == 0 || self.fps[top] == fp) {
             self.pc = pc;
             self.sp = slot.wrapping_add(8);
@@ -392,7 +392,7 @@ extern "C" fn verify(_index: u64, context: *mut Context) -> i64 {
         if walk.left == 0 {
             return 1;
         }
-        let at = (walk.left - 1 & MASK) as usize;
+        let at = ((walk.left - 1) & MASK) as usize;
         let slot = walk.slots[at];
         let (fp_at, cfa_at) = (walk.fp_at[at], walk.cfa_at[at]);
         if cfa_at != 0 && word(walk, cfa_at) != Some(slot.wrapping_add(8)) {
@@ -424,7 +424,7 @@ extern "C" fn place(_index: u64, context: *mut Context) -> i64 {
         let (outer_hash, outer_needs_fp) = if walk.kept == 0 {
             (mix(walk.tag, walk.tgid), false)
         } else {
-            let outer = (walk.kept - 1 & MASK) as usize;
+            let outer = ((walk.kept - 1) & MASK) as usize;
             (walk.hashes[outer], walk.fp_at[outer] != 0)
         };
         let rule = Rule(walk.hashes[from] as u32);
@@ -580,7 +580,7 @@ fn finish(thread: &mut Thread, what: For) {
     run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place, walk);
     walk.record.count = walk.kept as u32;
     walk.record.end = end as u32;
-    let hash = if walk.kept == 0 { end } else { walk.hashes[(walk.kept - 1 & MASK) as usize] ^ end };
+    let hash = if walk.kept == 0 { end } else { walk.hashes[((walk.kept - 1) & MASK) as usize] ^ end };
     walk.kept_hash = hash;
     walk.kept_flags = walk.flags;
     walk.kept_generation = walk.generation;

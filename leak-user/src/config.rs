@@ -22,7 +22,7 @@ const TOP_MAX: usize = 10_000;
 /// What leaktrace was asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invocation {
-    Trace(Config),
+    Trace(Box<Config>),
     Doctor,
 }
 
@@ -120,7 +120,7 @@ impl Invocation {
     pub fn check(flags: Flags) -> Result<Self, UsageError> {
         match flags.mode {
             Some(Subcommands::Doctor) => Ok(Self::Doctor),
-            None => Config::check(flags.trace).map(Self::Trace),
+            None => Config::check(flags.trace).map(|config| Self::Trace(Box::new(config))),
         }
     }
 }
@@ -330,7 +330,7 @@ mod tests {
 
     fn config(args: &[&str]) -> Config {
         match check(args).unwrap() {
-            Invocation::Trace(config) => config,
+            Invocation::Trace(config) => *config,
             Invocation::Doctor => panic!("{args:?} is not about tracing"),
         }
     }
