@@ -28,6 +28,9 @@ pub mod table;
 pub mod tables;
 mod x86_64;
 
+#[cfg(test)]
+mod tests;
+
 use leak_common::unwind::Rule;
 pub use table::{Rows, Table, Why};
 pub use tables::{Ranges, Tables};
