@@ -17,8 +17,11 @@ use std::collections::HashMap;
 /// Bytes of a section.
 pub type Slice<'a> = EndianSlice<'a, NativeEndian>;
 
-/// The most rows of a file, before any are dropped; the largest known files have a fifth of it.
-const MAX_ROWS: usize = 32 << 20;
+/// The most rows of a file, before any are dropped; a hundred megabytes of code have a tenth of it.
+const MAX_ROWS: usize = 16 << 20;
+
+/// The most common parts of entries in a section; linkers make one of those that are equal, so that a dozen are left.
+const MAX_COMMONS: usize = 1 << 17;
 
 /// The most states that an entry may remember at a time; compilers use one.
 const MAX_REMEMBERED: usize = 16;
@@ -83,7 +86,7 @@ pub struct Evaluated {
     pub raw_rows: usize,
     /// Entries that could not be read to their end, or not at all.
     pub malformed: usize,
-    /// There were more rows than are taken.
+    /// There was more than is worked on.
     pub cut_off: bool,
 }
 
@@ -165,8 +168,8 @@ where
                 Ok(entry) => self.entry(&entry, common.initial),
                 Err(_) => self.into.malformed += 1,
             }
-            if self.into.rows.len() > MAX_ROWS {
-                self.into.cut_off = true;
+            self.into.cut_off |= commons.len() >= MAX_COMMONS;
+            if self.into.cut_off {
                 return;
             }
         }
@@ -203,6 +206,10 @@ where
             self.push(first, start, machine::INEXPRESSIBLE);
             false
         };
+        if self.into.cut_off {
+            self.into.rows.truncate(first);
+            return;
+        }
         if !complete {
             self.into.malformed += 1;
         }
@@ -253,6 +260,10 @@ where
     fn push(&mut self, first: usize, address: u64, rule: leak_common::unwind::Rule) {
         self.into.raw_rows += 1;
         if self.into.rows[first..].last().is_some_and(|&last| last as u32 == rule.0) {
+            return;
+        }
+        if self.into.rows.len() >= MAX_ROWS {
+            self.into.cut_off = true;
             return;
         }
         self.into.rows.push(row((address - self.base) as u32, rule));

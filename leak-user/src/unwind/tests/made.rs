@@ -209,6 +209,19 @@ fn nonsense_in_entries() {
     assert_eq!((at(&table, 0), at(&table, 130)), (Some(sp(8)), Some(sp(8))));
 }
 
+/// A file with more common parts of entries than anybody needs is read up to there.
+#[test]
+fn too_many_common_parts() {
+    let mut frames = Frames::default();
+    for _ in 0..140_000 {
+        let common = frames.common("zR", USUAL);
+        frames.entry(common, CODE, 64, b"");
+    }
+    let table = table(&frames, Rows::Full);
+    assert!(table.stats.cut_off && table.stats.raw_rows == 1 << 17, "{:?}", table.stats);
+    assert_eq!(at(&table, 0), Some(sp(8)));
+}
+
 /// Moves past the end of an entry, or of the code, end there.
 #[test]
 fn entries_end_in_time() {
