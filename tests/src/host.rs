@@ -168,11 +168,16 @@ fn next_id(command: libc::c_int, id: u32) -> io::Result<Option<u32>> {
 /// How many bytes of `pid`'s code, its own and its libraries', differ from their files: each breakpoint that stands in it is one.
 /// Where a process's first thread has ended, `pid` is the id of another thread of it.
 pub fn breakpoints(pid: u32) -> Result<usize> {
+    breakpoint_addresses(pid).map(|addresses| addresses.len())
+}
+
+/// Where in its memory those bytes are.
+pub fn breakpoint_addresses(pid: u32) -> Result<Vec<u64>> {
     let maps = format!("/proc/{pid}/maps");
     let maps = fs::read_to_string(&maps).with_context(|| format!("failed to read {maps}"))?;
     let memory = format!("/proc/{pid}/mem");
     let mut memory = File::open(&memory).with_context(|| format!("failed to open {memory}"))?;
-    let mut differing = 0;
+    let mut differing = Vec::new();
     for line in maps.lines() {
         let mut fields = line.split_whitespace();
         let (Some(range), Some(access), Some(offset)) = (fields.next(), fields.next(), fields.next()) else { continue };
@@ -191,7 +196,8 @@ pub fn breakpoints(pid: u32) -> Result<usize> {
         let mut file = File::open(path).with_context(|| format!("failed to open {path}"))?;
         file.seek(SeekFrom::Start(offset)).with_context(|| format!("failed to seek in {path}"))?;
         file.take(end - start).read_to_end(&mut in_file).with_context(|| format!("failed to read {path}"))?;
-        differing += in_memory.iter().zip(&in_file).filter(|(memory, file)| memory != file).count();
+        let bytes = in_memory.iter().zip(&in_file).zip(start..);
+        differing.extend(bytes.filter(|((memory, file), _)| memory != file).map(|(_, address)| address));
     }
     Ok(differing)
 }

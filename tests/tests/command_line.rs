@@ -3,7 +3,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::Read as _;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -398,6 +398,42 @@ fn a_killed_tracer_leaves_its_target_at_full_speed() -> Result<()> {
     assert!(traced * 10.0 < before, "{before} pairs a second before, {traced} traced: it was not traced");
     assert!(after * 10.0 > before && after > traced * 5.0, "{before} pairs a second, {traced} traced, {after} after");
     Ok(())
+}
+
+/// A tracer killed with -9, or told to end a second time, in the middle of removing its probes: they are removed all the same (the
+/// kernel gave up on those that were left, and its log said "leaking uprobe").
+#[test]
+fn a_tracer_killed_while_it_detaches_leaves_nothing() -> Result<()> {
+    if !host::can_trace("a_tracer_killed_while_it_detaches_leaves_nothing") {
+        return Ok(());
+    }
+    let fixture = Fixture::start("allocators")?;
+    for round in 0..8 {
+        let mut session = Session::start(&[fixture.pid()], &[])?;
+        let held = BpfObjects::of_process(session.running().pid())?;
+        let memory = File::open(format!("/proc/{}/mem", fixture.pid()))?;
+        let standing: Vec<(u64, u8)> = host::breakpoint_addresses(fixture.pid())?
+            .into_iter()
+            .map(|address| Ok((address, byte_at(&memory, address)?)))
+            .collect::<Result<_>>()?;
+        ensure!(standing.len() > 1, "only {} breakpoints", standing.len());
+        session.running().signal(libc::SIGINT)?;
+        // All are gone within some 40 ms; when the first one is, the tracer is at it.
+        let deadline = Instant::now() + PATIENCE;
+        while standing.iter().all(|&(address, byte)| byte_at(&memory, address).is_ok_and(|now| now == byte)) {
+            ensure!(Instant::now() < deadline, "no breakpoint was removed");
+        }
+        session.running().signal(if round % 2 == 0 { libc::SIGKILL } else { libc::SIGINT })?;
+        drop(session);
+        assert_nothing_left(&held, fixture.pid())?;
+    }
+    Ok(())
+}
+
+fn byte_at(memory: &File, address: u64) -> Result<u8> {
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, address).context("failed to read the process's memory")?;
+    Ok(byte[0])
 }
 
 /// A pseudoterminal: ours, and the one that a program gets.

@@ -3,6 +3,7 @@
 //! dies, however it dies.
 
 mod btf;
+mod close;
 mod elements;
 mod floor;
 mod hold;
@@ -21,6 +22,7 @@ use aya::programs::raw_trace_point::RawTracePointLink;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
 use btf::Btf;
+use close::close_all;
 pub use floor::Floor;
 use leak_common::op;
 use leak_common::unwind::Range;
@@ -141,16 +143,6 @@ impl Drop for Probes {
 /// Removes many probes at once, side by side.
 pub fn detach(probes: impl IntoIterator<Item = Probes>) {
     close_all(probes.into_iter().flat_map(|mut probes| std::mem::take(&mut probes.links)).collect());
-}
-
-/// Closes links. A perf event waits for a grace period of its own (108 ms measured, whatever else is going on), so many
-/// are closed side by side.
-fn close_all(links: Vec<OwnedFd>) {
-    std::thread::scope(|scope| {
-        for link in links {
-            scope.spawn(move || drop(link));
-        }
-    });
 }
 
 /// The loaded programs and their maps.
