@@ -1,26 +1,31 @@
 //! Registers, as `pt_regs` holds them on each architecture.
 
-use aya_ebpf::bindings::pt_regs;
-
 /// What a stack walk starts from.
 #[derive(Clone, Copy)]
 pub struct Frame {
     pub pc: u64,
     pub sp: u64,
     pub fp: u64,
+    /// At a function's entry the address that it returns to, where that is in a register (see [`LINK_REGISTER`]).
+    pub link: u64,
     /// What a function that just returned has returned.
     pub result: u64,
 }
 
 #[cfg(bpf_target_arch = "x86_64")]
 mod arch {
-    use super::{Frame, pt_regs};
+    pub use aya_ebpf::bindings::pt_regs as Registers;
+
+    use super::Frame;
+
+    /// Whether a call leaves the return address in a register; otherwise it is at [sp].
+    pub const LINK_REGISTER: bool = false;
 
     /// Bytes that `ret` takes off the stack: at a return probe sp is this much above sp at entry.
     pub const RETURN_POPS: u64 = 8;
 
     #[inline(always)]
-    pub fn frame(regs: &pt_regs) -> Frame {
+    pub fn frame(regs: &Registers) -> Frame {
         // Volatile, and so one load each: LLVM would otherwise address some of them from others, which the verifier does not
         // allow for a program's context.
         // SAFETY: fields of a live structure.
@@ -29,6 +34,7 @@ mod arch {
                 pc: core::ptr::read_volatile(&raw const regs.rip),
                 sp: core::ptr::read_volatile(&raw const regs.rsp),
                 fp: core::ptr::read_volatile(&raw const regs.rbp),
+                link: 0,
                 result: core::ptr::read_volatile(&raw const regs.rax),
             }
         }
@@ -36,7 +42,7 @@ mod arch {
 
     /// The first, second, ... argument of a system call; not those of a function (rcx is r10 here).
     #[inline(always)]
-    pub fn syscall_args(regs: &pt_regs) -> [u64; 5] {
+    pub fn syscall_args(regs: &Registers) -> [u64; 5] {
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8]
     }
 
@@ -45,9 +51,15 @@ mod arch {
     /// # Safety
     /// The verifier must know the pointer as one to `pt_regs`.
     #[inline(always)]
-    pub unsafe fn syscall_number(regs: *const pt_regs) -> u64 {
+    pub unsafe fn syscall_number(regs: *const Registers) -> u64 {
         // SAFETY: the caller's promise.
         unsafe { core::ptr::read_volatile(&raw const (*regs).orig_rax) }
+    }
+
+    /// The address of code in a word that was read as one.
+    #[inline(always)]
+    pub fn code_address(word: u64) -> u64 {
+        word
     }
 
     pub mod nr {
@@ -55,6 +67,55 @@ mod arch {
         pub const MUNMAP: u64 = 11;
         pub const BRK: u64 = 12;
         pub const MREMAP: u64 = 25;
+    }
+}
+
+#[cfg(bpf_target_arch = "aarch64")]
+mod arch {
+    /// What the kernel gives to user space of its `pt_regs`, which begins with it.
+    pub use aya_ebpf::bindings::user_pt_regs as Registers;
+
+    use super::Frame;
+
+    pub const LINK_REGISTER: bool = true;
+
+    pub const RETURN_POPS: u64 = 0;
+
+    /// Bits of an address below which no code is signed: those above hold the signature, and the tag of the top byte. The kernel
+    /// gives addresses above these 48 to nobody who does not ask for them (Documentation/arch/arm64/memory.rst).
+    const ADDRESS_BITS: u32 = 48;
+
+    #[inline(always)]
+    pub fn frame(regs: &Registers) -> Frame {
+        Frame { pc: regs.pc, sp: regs.sp, fp: regs.regs[29], link: code_address(regs.regs[30]), result: regs.regs[0] }
+    }
+
+    #[inline(always)]
+    pub fn syscall_args(regs: &Registers) -> [u64; 5] {
+        [regs.regs[0], regs.regs[1], regs.regs[2], regs.regs[3], regs.regs[4]]
+    }
+
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub unsafe fn syscall_number(regs: *const Registers) -> u64 {
+        // The user's x8, which the call leaves alone.
+        // SAFETY: the caller's promise.
+        unsafe { core::ptr::read_volatile(&raw const (*regs).regs[8]) }
+    }
+
+    /// Without the signature that `paciasp` has put into a return address that is on the stack.
+    #[inline(always)]
+    pub fn code_address(word: u64) -> u64 {
+        word & ((1 << ADDRESS_BITS) - 1)
+    }
+
+    /// include/uapi/asm-generic/unistd.h
+    pub mod nr {
+        pub const BRK: u64 = 214;
+        pub const MUNMAP: u64 = 215;
+        pub const MREMAP: u64 = 216;
+        pub const MMAP: u64 = 222;
     }
 }
 

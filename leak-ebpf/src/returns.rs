@@ -7,6 +7,7 @@ use aya_ebpf::helpers::generated::bpf_get_current_task;
 use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_user};
 
 use crate::maps::return_offsets;
+use crate::regs::{self, Frame};
 use crate::repeat::repeat;
 use crate::unwind::range_of;
 
@@ -60,12 +61,20 @@ pub fn pending(slot: u64) -> u64 {
     search.found
 }
 
-/// Whether the function that was entered with this sp returns to a return probe's trampoline: to no known code.
-#[inline(never)]
-pub fn to_trampoline(tgid: u32, sp: u64) -> bool {
+/// Whether the function that was entered with this frame returns to a return probe's trampoline: to no known code.
+#[inline(always)]
+pub fn to_trampoline(tgid: u32, frame: Frame) -> bool {
+    let address = if regs::LINK_REGISTER { frame.link } else { at(frame.sp) };
+    address != 0 && is_no_code(tgid, address)
+}
+
+#[inline(always)]
+fn at(address: u64) -> u64 {
     // SAFETY: a bad address is an error result.
-    match unsafe { bpf_probe_read_user(sp as *const u64) } {
-        Ok(address) => range_of(tgid, address).is_none(),
-        Err(_) => false,
-    }
+    unsafe { bpf_probe_read_user(address as *const u64) }.unwrap_or(0)
+}
+
+#[inline(never)]
+fn is_no_code(tgid: u32, address: u64) -> bool {
+    range_of(tgid, address).is_none()
 }

@@ -1,9 +1,9 @@
 //! The call stack of the current thread, hashed; sent whole the first time its hash is seen.
 //!
-//! Taken at entry, where the caller is at [sp]: at return, the return probe's trampoline stands there. Each frame is left
-//! by a rule ([`crate::unwind`]): from the tables, or by its frame pointer. The stack is read in pieces:
-//! `bpf_probe_read_user` takes about 40 ns for 8 bytes and 52 for 1024. A piece ends with its page, because a read that
-//! runs into an absent page is many times slower.
+//! Taken at entry, where the caller is at [sp] or in the link register: at return, the return probe's trampoline stands
+//! there. Each frame is left by a rule ([`crate::unwind`]): from the tables, or by its frame pointer. The stack is read in
+//! pieces: `bpf_probe_read_user` takes about 40 ns for 8 bytes and 52 for 1024. A piece ends with its page, because a read
+//! that runs into an absent page is many times slower.
 //!
 //! # Verifying instead of unwinding
 //! Most stacks of a thread share their outer frames with the one before it, so the last complete stack is kept, with
@@ -24,7 +24,7 @@ use crate::emit::{header, output_bytes};
 use crate::maps::{
     SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, count_many, generation, has_loop, use_tables,
 };
-use crate::regs::Frame;
+use crate::regs::{self, Frame};
 use crate::repeat::repeat;
 use crate::returns;
 use crate::thread::{Thread, current, ids};
@@ -321,7 +321,7 @@ impl Walk {
             }
         }
         let slot = frame_address.wrapping_sub(8);
-        let Some(outer) = word(self, slot) else {
+        let Some(outer) = word(self, slot).map(regs::code_address) else {
             return u64::from(stack_end::BAD_READ);
         };
         if outer == 0 {
@@ -401,7 +401,7 @@ extern "C" fn verify(_index: u64, context: *mut Context) -> i64 {
         if fp_at > FP_SAME && word(walk, fp_at) != Some(walk.fps[at]) {
             return 1;
         }
-        if word(walk, slot) != Some(walk.pcs[at]) {
+        if word(walk, slot).map(regs::code_address) != Some(walk.pcs[at]) {
             return 1;
         }
         walk.left -= 1;
@@ -485,14 +485,15 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
     walk.kept = if has_loop() && walk.kept_generation == generation { walk.kept_count } else { 0 };
     walk.generation = generation;
     walk.end = RUNNING;
-    if what == For::Call {
+    if what == For::Call && !regs::LINK_REGISTER {
         match word(walk, frame.sp & !7) {
             Some(caller) => walk.push(caller, frame.sp & !7, frame.fp, 0, 0),
             None => walk.end = u64::from(stack_end::BAD_READ),
         }
     } else {
         // There is no slot: the address below the stack stands for it.
-        walk.push(frame.pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
+        let pc = if what == For::Call { frame.link } else { frame.pc };
+        walk.push(pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
     }
     if !has_loop() {
         if walk.end == RUNNING {

@@ -163,8 +163,9 @@ impl Config {
                 .transpose()?
                 .unwrap_or(Duration::ZERO),
             unwind: match flags.unwind {
-                UnwindFlag::Auto => Unwind::Tables,
-                UnwindFlag::Fp => Unwind::FramePointers,
+                // What a row of a table says is x86-64's; on arm64 compilers keep frame pointers unless told otherwise.
+                UnwindFlag::Auto if cfg!(target_arch = "x86_64") => Unwind::Tables,
+                UnwindFlag::Auto | UnwindFlag::Fp => Unwind::FramePointers,
             },
             unwind_memory: unwind_memory(&flags.unwind_memory)?,
             allocators: flags.allocators.into_iter().map(allocator).collect::<Result<_, _>>()?,

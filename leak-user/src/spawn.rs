@@ -235,6 +235,32 @@ mod arch {
     }
 }
 
+#[cfg(target_arch = "aarch64")]
+mod arch {
+    use super::{Pid, Result, ptrace};
+
+    /// brk #0, in the lower half of the word; the pc stays at it.
+    pub const TRAP: i64 = 0xd420_0000;
+    pub const TRAP_MASK: i64 = 0xffff_ffff;
+    pub const PC_AFTER_TRAP: u64 = 0;
+
+    pub fn pc(pid: Pid) -> Result<u64> {
+        Ok(ptrace::getregs(pid)?.pc)
+    }
+
+    pub fn set_pc(pid: Pid, pc: u64) -> Result<()> {
+        let mut regs = ptrace::getregs(pid)?;
+        regs.pc = pc;
+        Ok(ptrace::setregs(pid, regs)?)
+    }
+
+    /// Number and third argument of the system call that just returned; only x0 has changed by then.
+    pub fn system_call(pid: Pid) -> Result<(i64, u64)> {
+        let regs = ptrace::getregs(pid)?;
+        Ok((regs.regs[8].cast_signed(), regs.regs[2]))
+    }
+}
+
 fn is_executable_mapping(pid: Pid) -> Result<bool> {
     let (number, prot) = arch::system_call(pid)?;
     Ok(matches!(number, libc::SYS_mmap | libc::SYS_mprotect) && prot & libc::PROT_EXEC as u64 != 0)

@@ -1,4 +1,5 @@
-//! Compiles the fixtures of `tests/fixtures` with the system's compiler, once per content and flags.
+//! Compiles the fixtures of `tests/fixtures`, once per content, compiler and flags. On a machine without a compiler they are taken
+//! from a folder that somebody else has filled, as `cargo xtask vm` does.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -12,6 +13,9 @@ use anyhow::{Context, Result, bail};
 
 /// What fixtures include, so these count into each one's hash.
 const HEADERS: [&str; 2] = ["fixture.h", "stacks.h"];
+
+/// Names a folder with compiled fixtures, each under its [`Program::file_name`]. Nothing is compiled then.
+pub const PREBUILT_VARIABLE: &str = "LEAKTRACE_FIXTURES";
 
 /// Frame pointers and calls that stay calls: what the stacks are compared with are function names.
 const DEFAULT_FLAGS: [&str; 7] =
@@ -28,10 +32,19 @@ enum Language {
     Rust,
 }
 
+impl Language {
+    /// What every program in it is compiled with.
+    fn flags(self) -> &'static [&'static str] {
+        if self == Self::Rust { &RUST_FLAGS } else { &DEFAULT_FLAGS }
+    }
+}
+
 /// A fixture's source and how to compile it.
 #[derive(Debug, Clone)]
 pub struct Program {
     language: Language,
+    /// Instead of the system's own compiler for the language.
+    other_compiler: Option<OsString>,
     source: PathBuf,
     name: String,
     flags: Vec<String>,
@@ -54,12 +67,12 @@ impl Program {
     }
 
     fn new(language: Language, name: &str, extension: &str) -> Self {
-        let flags: &[&str] = if language == Language::Rust { &RUST_FLAGS } else { &DEFAULT_FLAGS };
         Self {
             language,
+            other_compiler: None,
             source: fixtures().join(name).with_extension(extension),
             name: name.to_owned(),
-            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            flags: language.flags().iter().map(|&flag| flag.to_owned()).collect(),
         }
     }
 
@@ -79,6 +92,9 @@ impl Program {
     }
 
     fn compiler(&self) -> OsString {
+        if let Some(compiler) = &self.other_compiler {
+            return compiler.clone();
+        }
         match self.language {
             Language::C => "cc".into(),
             Language::Cpp => "c++".into(),
@@ -93,8 +109,34 @@ impl Program {
         self
     }
 
+    /// Whether it is in C++, so that the compiler for it is another.
+    pub fn is_cpp(&self) -> bool {
+        self.language == Language::Cpp
+    }
+
+    /// Compiles with this instead of the system's own compiler: for another machine.
+    #[must_use]
+    pub fn with_compiler(mut self, compiler: impl Into<OsString>) -> Self {
+        self.other_compiler = Some(compiler.into());
+        self
+    }
+
+    /// What it is called among compiled fixtures: its name, then the flags on top of the usual ones.
+    pub fn file_name(&self) -> String {
+        let stem = self.source.file_stem().unwrap_or_default().to_string_lossy();
+        let usual = self.language.flags().len();
+        self.flags.iter().skip(usual).fold(stem.into_owned(), |name, flag| name + flag)
+    }
+
     /// The compiled program. Compiles only if this content has not been compiled with these flags yet.
     pub fn build(&self) -> Result<PathBuf> {
+        if let Some(folder) = env::var_os(PREBUILT_VARIABLE) {
+            let program = Path::new(&folder).join(self.file_name());
+            if !program.is_file() {
+                bail!("failed to find {}, which cannot be compiled here", program.display());
+            }
+            return Ok(program);
+        }
         let folder = target_dir()?.join("fixtures");
         fs::create_dir_all(&folder).with_context(|| format!("failed to create {}", folder.display()))?;
         let mut hasher = DefaultHasher::new();
@@ -102,6 +144,7 @@ impl Program {
             fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?.hash(&mut hasher);
         }
         self.language.hash(&mut hasher);
+        self.other_compiler.hash(&mut hasher);
         self.flags.hash(&mut hasher);
         // The name alone is a folder: the program's own name is what /proc shows as comm.
         let folder = folder.join(format!("{:016x}", hasher.finish()));

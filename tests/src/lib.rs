@@ -8,13 +8,14 @@ mod compile;
 mod fixture;
 mod gdb;
 pub mod host;
+pub mod kernels;
 mod leaktrace;
 mod lines;
 pub mod programs;
 mod session;
 mod together;
 
-pub use compile::{Program, target_dir};
+pub use compile::{PREBUILT_VARIABLE, Program, target_dir};
 pub use fixture::{Builder, Fixture};
 pub use gdb::{GdbFrame, gdb_frames};
 pub use leaktrace::{BINARY_VARIABLE, Leaktrace, Outcome, Running, has_frame, live_in, stacks};

@@ -24,8 +24,15 @@ impl Session {
             command = command.args(["--interval", "200ms"]);
         }
         let mut session = Self { running: command.args(args).spawn()? };
-        session.next_report(|_| true, PATIENCE).context("failed to wait until leaktrace was attached")?;
-        Ok(session)
+        match session.next_report(|_| true, PATIENCE) {
+            Ok(_) => Ok(session),
+            Err(error) => {
+                // Why it ended, or what it said until now.
+                let _ = session.running.signal(libc::SIGKILL);
+                let stderr = session.running.finish(PATIENCE).map(|outcome| outcome.stderr).unwrap_or_default();
+                Err(error.context(format!("failed to wait until leaktrace was attached; it said {stderr:?}")))
+            }
+        }
     }
 
     pub fn running(&mut self) -> &mut Running {

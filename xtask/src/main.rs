@@ -13,6 +13,7 @@ mod process;
 mod run;
 mod setup;
 mod test;
+mod vm;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Set up, run and test leaktrace", disable_help_subcommand = true)]
@@ -40,6 +41,8 @@ enum Task {
     },
     /// Measure what tracing costs a busy process, beside empty programs and bcc's memleak
     Bench(bench::Options),
+    /// Run the end-to-end suite on every supported kernel, in emulated machines
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Task::Lint => test::lint().map(|()| ExitCode::SUCCESS),
         Task::Test { filters } => test::test(&filters),
         Task::Bench(options) => bench::bench(&options),
+        Task::Vm(options) => vm::vm(&options),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

@@ -72,7 +72,7 @@ fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8
         // The same sp in another function is a tail call (reallocarray jumps to realloc), if the return probe of the caller
         // still stands there: the callee takes the caller's place. Otherwise it is a new call, and the recorded one never
         // returned.
-        if frame.sp == thread.sp && frame.pc != thread.pc && returns::to_trampoline(ids.tgid, frame.sp) {
+        if frame.sp == thread.sp && frame.pc != thread.pc && returns::to_trampoline(ids.tgid, frame) {
             tail_call = true;
         } else {
             count(counter::ABANDONED);

@@ -10,7 +10,6 @@
 use core::ffi::c_void;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::pt_regs;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::{btf_tracepoint, fentry, fexit, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, FExitContext, RawTracePointContext};
@@ -18,7 +17,7 @@ use leak_common::{Map, RemapEnd, Unmap, UnmapEnd, counter, flag, kind, op};
 
 use crate::emit::{emit, header};
 use crate::maps::{is_target, now, raise_generation};
-use crate::regs::{self, nr};
+use crate::regs::{self, Registers, nr};
 use crate::stack::{self, For};
 use crate::thread::{current, current_or_new, ids};
 use crate::unwind;
@@ -42,7 +41,7 @@ fn typed_sys_enter(ctx: BtfTracePointContext) -> u32 {
 
 #[btf_tracepoint(function = "sys_exit")]
 fn typed_sys_exit(ctx: BtfTracePointContext) -> u32 {
-    let registers: *const pt_regs = ctx.arg(0);
+    let registers: *const Registers = ctx.arg(0);
     // SAFETY: the kernel knows the argument's type, so this is a plain load.
     if is_mapping_call(unsafe { regs::syscall_number(registers) }) {
         leave(ctx.arg(1));
@@ -105,7 +104,7 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64) {
         return;
     };
     // SAFETY: a bad address is an error result.
-    let Ok(user) = (unsafe { bpf_probe_read_kernel(registers as *const pt_regs) }) else {
+    let Ok(user) = (unsafe { bpf_probe_read_kernel(registers as *const Registers) }) else {
         return;
     };
     let now = now();

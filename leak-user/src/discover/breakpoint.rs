@@ -1,7 +1,7 @@
 //! Where in a function its breakpoint stands.
 //!
 //! The kernel runs the instruction under a breakpoint either by emulation or by single-stepping a copy of it, which costs
-//! several times as much. On x86-64 `arch_uprobe_analyze_insn` (arch/x86/kernel/uprobes.c) asks two functions whether they
+//! several times as much. On arm64 it is what depends on the pc that is emulated (see `aarch64`). On x86-64 `arch_uprobe_analyze_insn` (arch/x86/kernel/uprobes.c) asks two functions whether they
 //! can emulate: `branch_setup_xol_ops` takes nop and the relative jmp, jcc and call, `push_setup_xol_ops` takes push of a
 //! register; all else is stepped. glibc's free begins with `test %rdi,%rdi` and only then has a `je`, so a breakpoint on the
 //! `je` sees the same arguments at a fraction of the cost.
@@ -17,12 +17,22 @@ pub const UNKNOWN_SIZE_SCAN: usize = 4096;
 /// Larger functions are not decoded whole.
 pub const MAX_FUNCTION: usize = 1 << 20;
 
+#[cfg(any(test, target_arch = "aarch64"))]
+mod aarch64;
+
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::loaded_address;
+
 /// What the running kernel emulates beyond what all of them do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Emulation {
-    /// The nops of more than one byte, since 6.18 (the comparison with `x86_nops` in `branch_setup_xol_ops`).
-    pub long_nops: bool,
+    /// On x86-64 the nops of more than one byte, since 6.18 (the comparison with `x86_nops` in `branch_setup_xol_ops`); on arm64
+    /// the nop, since 6.14 (`simulate_nop`).
+    pub nops: bool,
 }
+
+/// The release since which [`Emulation::nops`] are emulated.
+const NOPS_SINCE: (u32, u32) = if cfg!(target_arch = "aarch64") { (6, 14) } else { (6, 18) };
 
 impl Emulation {
     /// What the running kernel does, going by its release.
@@ -35,7 +45,7 @@ impl Emulation {
     fn of_release(release: &str) -> Self {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().ok());
         let version = (numbers.next().flatten().unwrap_or(0), numbers.next().flatten().unwrap_or(0));
-        Self { long_nops: version >= (6, 18) }
+        Self { nops: version >= NOPS_SINCE }
     }
 }
 
@@ -66,8 +76,6 @@ pub enum Reason {
     UnknownExtent,
     /// At the entry: the code cannot be decoded.
     Undecodable,
-    /// At the entry: not analysed on this architecture.
-    Architecture,
 }
 
 impl Reason {
@@ -82,7 +90,6 @@ impl Reason {
             Self::IndirectJump => "single-stepped: an indirect jump has unknown targets",
             Self::UnknownExtent => "single-stepped: the function's size is unknown",
             Self::Undecodable => "single-stepped: the code cannot be decoded",
-            Self::Architecture => "not analysed on this architecture",
         }
     }
 
@@ -101,12 +108,10 @@ pub fn place(code: &[u8], size: Option<usize>, kernel: Emulation) -> Placement {
     x86_64::place(code, size, kernel)
 }
 
-/// Chooses the entry. On arm64 `arch_uprobe_analyze_insn` (arch/arm64/kernel/probes/uprobes.c) simulates branches, adr and
-/// literal loads only (and, since 6.14, nop); the usual first instruction `stp x29, x30, [sp, ...]` is stepped, and what that
-/// costs has not been measured yet.
-#[cfg(not(target_arch = "x86_64"))]
-pub fn place(_code: &[u8], _size: Option<usize>, _kernel: Emulation) -> Placement {
-    Placement { skipped: 0, reason: Reason::Architecture }
+/// As above, for arm64.
+#[cfg(target_arch = "aarch64")]
+pub fn place(code: &[u8], size: Option<usize>, kernel: Emulation) -> Placement {
+    aarch64::place(code, size, kernel)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -204,7 +209,7 @@ mod x86_64 {
             | [0x0f, 0x1f, 0x40, 0]
             | [0x0f, 0x1f, 0x44, 0, 0]
             | [0x0f, 0x1f, 0x80, 0, 0, 0, 0]
-            | [0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0] => kernel.long_nops,
+            | [0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0] => kernel.nops,
             _ => false,
         }
     }
@@ -257,8 +262,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const OLD: Emulation = Emulation { long_nops: false };
-    const NEW: Emulation = Emulation { long_nops: true };
+    const OLD: Emulation = Emulation { nops: false };
+    const NEW: Emulation = Emulation { nops: true };
 
     fn placed(code: &[u8]) -> (u64, Reason) {
         let p = place(code, Some(code.len()), OLD);
@@ -363,10 +368,10 @@ mod tests {
     /// The release decides about long nops.
     #[test]
     fn releases() {
-        for (release, long_nops) in
+        for (release, nops) in
             [("6.18.44-fc", true), ("6.17.0", false), ("7.3.0-rc1", true), ("5.10", false), ("", false)]
         {
-            assert_eq!(Emulation::of_release(release), Emulation { long_nops }, "{release}");
+            assert_eq!(Emulation::of_release(release), Emulation { nops }, "{release}");
         }
     }
 

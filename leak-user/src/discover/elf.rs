@@ -379,15 +379,10 @@ impl<'a> Elf<'a> {
     }
 
     /// What `gnu_get_libc_version` returns: it loads the address of a string and is done.
-    #[cfg(target_arch = "x86_64")]
     fn glibc_release(&self, symbol: &Symbol) -> Option<String> {
-        use iced_x86::{Decoder, DecoderOptions, Mnemonic};
         let address = symbol.st_value(self.endian);
         let code = self.code(self.place_of(address).ok()?, 32);
-        let decoder = Decoder::with_ip(64, &code, address, DecoderOptions::NONE);
-        let load =
-            decoder.into_iter().take(2).find(|i| i.mnemonic() == Mnemonic::Lea && i.is_ip_rel_memory_operand())?;
-        let string = load.ip_rel_memory_address();
+        let string = loaded_address(&code, address)?;
         let segment = self.segments.iter().find(|s| {
             let inside = string.checked_sub(s.p_vaddr(self.endian));
             s.p_type(self.endian) == elf::PT_LOAD && inside.is_some_and(|i| i < s.p_filesz(self.endian))
@@ -400,11 +395,21 @@ impl<'a> Elf<'a> {
             text.starts_with(|c: char| c.is_ascii_digit()) && text.chars().all(|c| c.is_ascii_digit() || c == '.');
         plausible.then(|| text.to_owned())
     }
+}
 
-    #[cfg(not(target_arch = "x86_64"))]
-    fn glibc_release(&self, _symbol: &Symbol) -> Option<String> {
-        None
-    }
+/// The address that the first instructions of a function load, relative to themselves. The second may be that: the first
+/// is then a landing pad.
+#[cfg(target_arch = "x86_64")]
+fn loaded_address(code: &[u8], address: u64) -> Option<u64> {
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+    let decoder = Decoder::with_ip(64, code, address, DecoderOptions::NONE);
+    let load = decoder.into_iter().take(2).find(|i| i.mnemonic() == Mnemonic::Lea && i.is_ip_rel_memory_operand())?;
+    Some(load.ip_rel_memory_address())
+}
+
+#[cfg(target_arch = "aarch64")]
+fn loaded_address(code: &[u8], address: u64) -> Option<u64> {
+    breakpoint::loaded_address(code, address)
 }
 
 fn hex(bytes: &[u8]) -> String {

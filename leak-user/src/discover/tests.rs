@@ -218,7 +218,7 @@ fn unusable_files() {
     let look = |bytes: &[u8]| {
         let path = folder.path().join("file");
         fs::write(&path, bytes).expect("the file can be written");
-        elf::read(&File::open(path).expect("the file can be opened"), Emulation { long_nops: true })
+        elf::read(&File::open(path).expect("the file can be opened"), Emulation { nops: true })
     };
     let bytes = fs::read(library).expect("the library can be read");
     assert!(look(&bytes).is_ok_and(|c| c.is_allocator()));
@@ -251,7 +251,7 @@ fn damaged_files() {
         }
         fs::write(&path, &bytes[..len]).expect("the file can be written");
         let file = File::open(&path).expect("the file can be opened");
-        if let Ok(contents) = elf::read(&file, Emulation { long_nops: true }) {
+        if let Ok(contents) = elf::read(&file, Emulation { nops: true }) {
             for point in contents.points {
                 prop_assert!(point.offset >= point.entry);
             }
