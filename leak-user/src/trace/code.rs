@@ -117,6 +117,14 @@ impl Code {
         }
     }
 
+    /// The process is gone: its tables make room for others'.
+    pub fn forget(&mut self, id: ProcessId) {
+        if let Some(tables) = &mut self.tables {
+            tables.forget(id);
+        }
+        self.processes.retain(|process| process.id != id);
+    }
+
     /// How much is loaded, and what was lost.
     pub fn usage(&self) -> Option<Usage> {
         self.tables.as_ref().map(Tables::usage)

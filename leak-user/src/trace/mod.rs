@@ -382,8 +382,12 @@ impl<'a> Run<'a> {
     /// Repairs what no event told of.
     fn sweep(&mut self) {
         self.programs.sync_clock();
-        for target in self.targets.iter().filter(|target| target.ended.is_none()) {
-            self.symbols.refresh(target.id());
+        for target in &self.targets {
+            if target.ended.is_none() {
+                self.symbols.refresh(target.id());
+            } else {
+                self.code.forget(target.id());
+            }
         }
         self.follow_threads(true);
         for target in self.targets.iter_mut().filter(|target| target.ended.is_none()) {

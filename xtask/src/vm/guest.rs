@@ -205,7 +205,7 @@ fn foreign_programs(cache: &Path, arch: Arch, tree: &Path) -> Result<()> {
     let compilers = Compilers::bring(cache, arch)?;
     for program in kernels::programs() {
         let compiler = if program.is_cpp() { &compilers.cpp } else { &compilers.c };
-        let mut foreign = program.clone().compiler(compiler);
+        let mut foreign = program.clone().with_compiler(compiler);
         if arch == Arch::Aarch64 {
             // Return addresses on the stack are signed then, as on distributions that build so.
             foreign = foreign.flag("-mbranch-protection=standard");
