@@ -7,7 +7,7 @@ use std::io::{self, Write};
 
 use nix::sys::utsname::uname;
 
-use crate::attach::{LinkSupport, UprobeKind};
+use crate::attach::{Abilities, LinkSupport, MappingHook, UprobeKind};
 use crate::view::safe;
 
 /// Where the kernel's type information stands.
@@ -45,6 +45,8 @@ pub struct Facts {
     pub bpf_jit_enable: Option<i32>,
     /// `None` where links cannot be tried, for want of permission.
     pub links: Option<LinkSupport>,
+    /// The same.
+    pub abilities: Option<Abilities>,
 }
 
 /// How a check came out.
@@ -147,9 +149,11 @@ impl Facts {
             ptrace_scope: number("/proc/sys/kernel/yama/ptrace_scope"),
             bpf_jit_enable: number("/proc/sys/net/core/bpf_jit_enable"),
             links: None,
+            abilities: None,
         };
         if probe && facts.may_load() {
             facts.links = Some(LinkSupport::probe());
+            facts.abilities = Some(Abilities::probe());
         }
         facts
     }
@@ -176,6 +180,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         "use a kernel with CONFIG_UPROBE_EVENTS=y, as all distributions' are, and mount sysfs",
     ));
     checks.push(links(facts));
+    checks.extend(facts.abilities.iter().flat_map(abilities));
     checks.push(Check::new(
         "BTF",
         if facts.btf { Status::Ok } else { Status::Missing },
@@ -278,6 +283,25 @@ fn links(facts: &Facts) -> Check {
     }
 }
 
+/// How the programs do what newer kernels make cheaper: nothing to mend, but it explains what a trace costs.
+fn abilities(abilities: &Abilities) -> [Check; 3] {
+    let mapping_calls = match abilities.mapping_hook {
+        MappingHook::Functions => "at the kernel's functions (fentry)",
+        MappingHook::TypedTracepoints | MappingHook::Tracepoints | MappingHook::NotAtAll => {
+            "at the tracepoints of all system calls, since fentry is refused; each allocation costs somewhat more \
+             (--resource heap does without)"
+        }
+    };
+    let walk = if abilities.loops { "in one program (bpf_loop)" } else { "by tail calls; Linux 5.17 has bpf_loop" };
+    let ring = if abilities.own_ring {
+        "our own (atomic operations with a result)"
+    } else {
+        "the kernel's; Linux 5.12 has what our own, cheaper one needs"
+    };
+    [("mapping calls", mapping_calls), ("stack walk", walk), ("ring buffer", ring)]
+        .map(|(name, detail)| Check::new(name, Status::Ok, detail, ""))
+}
+
 fn memory_limit(facts: &Facts) -> Check {
     let counted = facts.kernel.is_some_and(|kernel| kernel < (5, 11));
     match facts.memlock {
@@ -343,6 +367,7 @@ mod tests {
             ptrace_scope: Some(1),
             bpf_jit_enable: Some(1),
             links: Some(LinkSupport { multi: true, session: false }),
+            abilities: Some(Abilities { loops: true, own_ring: true, mapping_hook: MappingHook::Functions }),
         }
     }
 

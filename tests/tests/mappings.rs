@@ -1,7 +1,7 @@
 //! Mappings and the program break with real probes: exactly the bytes that the fixture has left mapped.
 
 use anyhow::Result;
-use leaktrace_tests::{Fixture, Session, host, live_of, stacks, summary};
+use leaktrace_tests::{Fixture, Session, host, live_in, live_of, stacks, summary};
 use serde_json::Value;
 
 /// Tells a `mappings` fixture each command under `--resource mmap`; its own account and the report's.
@@ -18,18 +18,15 @@ fn trace(commands: &[&str]) -> Result<(Value, Value, u32)> {
     Ok((report, truth, fixture.pid()))
 }
 
-/// The live bytes of the stacks are those of the fixture's functions, one for one.
-///
-/// Compared as numbers, not by the functions' names: the system call is made in libc's wrapper, which has no frame pointer, so a walk
-/// by frame pointers misses the function that called the wrapper.
+/// The live bytes of the stacks through each of the fixture's functions are what the fixture says, and there are no others.
 fn assert_exact(report: &Value, truth: &Value) {
-    let live = |of: &Value| of["live_bytes"].as_u64().filter(|&bytes| bytes > 0);
-    let mut stacks: Vec<u64> = stacks(report).filter_map(live).collect();
-    let mut sites: Vec<u64> =
-        truth["sites"].as_object().into_iter().flatten().filter_map(|(_, site)| live(site)).collect();
-    stacks.sort_unstable();
-    sites.sort_unstable();
-    assert_eq!(stacks, sites, "{truth}\n{}", summary(report));
+    let live = |of: &Value| of["live_bytes"].as_u64().unwrap_or(0);
+    let mut all = 0;
+    for (function, site) in truth["sites"].as_object().into_iter().flatten() {
+        assert_eq!(live_in(report, function).0, live(site), "{function}: {truth}\n{}", summary(report));
+        all += live(site);
+    }
+    assert_eq!(stacks(report).map(live).sum::<u64>(), all, "{truth}\n{}", summary(report));
 }
 
 /// Anonymous and file mappings are counted apart, a stack each; what is unmapped again leaves nothing.

@@ -457,6 +457,39 @@ fn load_walkers(objects: &Objects, ebpf: &Ebpf, kind: UprobeKind) -> Result<Vec<
     walkers.into_iter().map(load).collect()
 }
 
+/// What makes tracing cheaper where the kernel has it; found by trying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// `bpf_loop`: a whole stack is walked, and verified, in one program.
+    pub loops: bool,
+    /// Atomic operations with a result, which our own ring rests on.
+    pub own_ring: bool,
+    /// How mapping calls can be watched.
+    pub mapping_hook: MappingHook,
+}
+
+impl Abilities {
+    /// Of the running kernel.
+    pub fn probe() -> Self {
+        let btf = kernel_types();
+        let tracing = |name: &str, hook: fn(u32) -> Hook| {
+            btf.as_ref().and_then(|btf| btf.id(name)).is_some_and(|id| sys::loads_empty(hook(id)))
+        };
+        let (loops, function) = (sys::has_loop(), format!("{SYSCALL_PREFIX}mmap"));
+        Self {
+            loops,
+            own_ring: sys::has_fetch_add(),
+            mapping_hook: if loops && tracing(&function, Hook::FunctionExit) {
+                MappingHook::Functions
+            } else if loops && tracing("btf_trace_sys_exit", Hook::Tracepoint) {
+                MappingHook::TypedTracepoints
+            } else {
+                MappingHook::Tracepoints
+            },
+        }
+    }
+}
+
 fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name).ok_or_else(|| anyhow!("the BPF object lacks the map {name}"))
 }

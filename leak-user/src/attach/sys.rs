@@ -185,13 +185,23 @@ fn assemble<const N: usize>(code: [(u8, u8, u8, i16, i32); N]) -> [bpf_insn; N] 
     })
 }
 
+/// Whether a program that does nothing can be loaded for this hook.
+pub fn loads_empty(hook: Hook) -> bool {
+    // r0 = 0; exit
+    load_for(hook, &assemble([(0xb7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0)])).is_ok()
+}
+
 fn load_instructions(instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
+    load_for(Hook::Uprobe(UprobeKind::Perf), instructions)
+}
+
+fn load_for(hook: Hook, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
     let license = c"Dual MIT/GPL".to_owned();
     load_program(&Program {
         name: "leak_probe",
         instructions,
         license: &license,
-        hook: Hook::Uprobe(UprobeKind::Perf),
+        hook,
         btf: None,
         func_info: Vec::new(),
         func_info_size: 0,
