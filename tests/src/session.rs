@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::host::kernel_stacks;
 use crate::{Leaktrace, PATIENCE, Running};
 
 /// A trace that is attached.
@@ -27,10 +28,11 @@ impl Session {
         match session.next_report(|_| true, PATIENCE) {
             Ok(_) => Ok(session),
             Err(error) => {
-                // Why it ended, or what it said until now.
+                // Why it ended, or what it said until now and where it hangs.
+                let stacks = kernel_stacks(session.running.pid());
                 let _ = session.running.signal(libc::SIGKILL);
                 let stderr = session.running.finish(PATIENCE).map(|outcome| outcome.stderr).unwrap_or_default();
-                Err(error.context(format!("failed to wait until leaktrace was attached; it said {stderr:?}")))
+                Err(error.context(format!("failed to wait until leaktrace was attached; it said {stderr:?}\n{stacks}")))
             }
         }
     }
