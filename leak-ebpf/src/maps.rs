@@ -116,6 +116,9 @@ static OWN_RING: u64 = 1;
 #[unsafe(no_mangle)]
 static USE_TABLES: u64 = 1;
 
+#[unsafe(no_mangle)]
+static NEVER: u64 = 0;
+
 /// Where in kernel structures the pending return probes of a task are; zero: not known. In this order: `task_struct.utask`,
 /// `uprobe_task.return_instances`, `return_instance.stack`, `.orig_ret_vaddr`, `.next`.
 #[unsafe(no_mangle)]
@@ -171,6 +174,12 @@ pub fn own_ring() -> bool {
 #[inline(always)]
 pub fn use_tables() -> bool {
     setting!(USE_TABLES) != 0
+}
+
+/// Never true. The verifier knows that, the compiler does not.
+#[inline(always)]
+pub fn never() -> bool {
+    setting!(NEVER) != 0
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC` to within a tick. Counted in jiffies, because that is a load, while the clock is two

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::PATIENCE;
 use crate::lines::Lines;
+use crate::patience;
 
 /// How to start a fixture.
 pub struct Builder {
@@ -88,7 +88,7 @@ impl Fixture {
     }
 
     pub fn builder(program: &Path) -> Builder {
-        Builder { command: Command::new(program), patience: PATIENCE }
+        Builder { command: Command::new(program), patience: patience() }
     }
 
     pub fn pid(&self) -> u32 {

@@ -4,6 +4,7 @@
 //! `LEAKTRACE_REQUIRE_KERNEL=1` is set, as `cargo xtask test` does where everything is there: then a skip is a failure.
 
 use std::env;
+use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::PathBuf;
@@ -163,6 +164,19 @@ fn next_id(command: libc::c_int, id: u32) -> io::Result<Option<u32>> {
     }
     let error = io::Error::last_os_error();
     if error.raw_os_error() == Some(libc::ENOENT) { Ok(None) } else { Err(error) }
+}
+
+/// Where each thread of `pid` is in the kernel, for the message of a test that waited in vain: innermost function first, as far as
+/// this kernel tells.
+pub fn kernel_stacks(pid: u32) -> String {
+    let mut text = String::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stack = read("stack");
+        let functions = stack.lines().filter_map(|line| line.split_whitespace().nth(1)).collect::<Vec<_>>();
+        let _ = writeln!(text, "{} {}: {}", task.file_name().display(), read("comm").trim(), functions.join(" < "));
+    }
+    text
 }
 
 /// How many bytes of `pid`'s code, its own and its libraries', differ from their files: each breakpoint that stands in it is one.

@@ -26,3 +26,12 @@ use std::time::Duration;
 
 /// How long anything may take that should answer at once, on a busy machine with two cores.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Names how many times longer everything may take: on a machine that is emulated.
+pub const SLOWNESS_VARIABLE: &str = "LEAKTRACE_SLOWNESS";
+
+/// [`PATIENCE`] on this machine.
+pub fn patience() -> Duration {
+    let slowness = std::env::var(SLOWNESS_VARIABLE).ok().and_then(|times| times.parse::<u32>().ok());
+    PATIENCE * slowness.unwrap_or(1)
+}

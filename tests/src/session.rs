@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{Leaktrace, PATIENCE, Running};
+use crate::host::kernel_stacks;
+use crate::{Leaktrace, Running, patience};
 
 /// A trace that is attached.
 pub struct Session {
@@ -24,13 +25,14 @@ impl Session {
             command = command.args(["--interval", "200ms"]);
         }
         let mut session = Self { running: command.args(args).spawn()? };
-        match session.next_report(|_| true, PATIENCE) {
+        match session.next_report(|_| true, patience()) {
             Ok(_) => Ok(session),
             Err(error) => {
-                // Why it ended, or what it said until now.
+                // Why it ended, or what it said until now and where it hangs.
+                let stacks = kernel_stacks(session.running.pid());
                 let _ = session.running.signal(libc::SIGKILL);
-                let stderr = session.running.finish(PATIENCE).map(|outcome| outcome.stderr).unwrap_or_default();
-                Err(error.context(format!("failed to wait until leaktrace was attached; it said {stderr:?}")))
+                let stderr = session.running.finish(patience()).map(|outcome| outcome.stderr).unwrap_or_default();
+                Err(error.context(format!("failed to wait until leaktrace was attached; it said {stderr:?}\n{stacks}")))
             }
         }
     }
@@ -68,7 +70,7 @@ impl Session {
 
     /// Waits until it ends by itself, and gives the final report.
     pub fn finish(self) -> Result<Value> {
-        let outcome = self.running.finish(PATIENCE)?;
+        let outcome = self.running.finish(patience())?;
         ensure!(outcome.code()? == 0, "leaktrace ended with {}: {}", outcome.status, outcome.stderr);
         let last = outcome.stdout.lines().last().with_context(|| format!("no report; {}", outcome.stderr))?;
         let report = parse(last)?;

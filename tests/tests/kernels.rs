@@ -3,36 +3,209 @@
 //!
 //! It looks at values, not only at counts: a program that is built for other registers, or for a kernel with another layout, attaches
 //! and counts all the same. Sizes are different for each function, so that one for another is seen; addresses show in the frees, which
-//! take away what was allocated at the same one and nothing else. What is asked needs no particular speed: under emulation a trap
-//! takes a hundred times as long.
+//! take away what was allocated at the same one and nothing else.
+//!
+//! Under emulation loading the programs takes longest by far, so most of the tests look at one and the same trace, of a process for each.
 
+use std::collections::HashMap;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use leaktrace_tests::host::{self, BpfObjects, can_trace};
 use leaktrace_tests::{
-    Fixture, Leaktrace, PATIENCE, Program, Session, has_frame, kernels, live_in, live_of, site, stacks, summary,
+    Fixture, Leaktrace, Outcome, Program, Session, has_frame, kernels, live_in, live_of, only, patience, site, stacks,
+    summary,
 };
 use serde_json::Value;
 
 /// Time for a verdict: what is promised, and as much again for a machine that is emulated.
 const TO_VERDICT: Duration = Duration::from_mins(1);
 
-/// Tells a fixture each command while it is traced; the final report and the fixture's own account.
-fn traced(fixture: &mut Fixture, args: &[&str], commands: &[&str]) -> Result<(Value, Value)> {
-    let session = Session::start(&[fixture.pid()], args)?;
-    for command in commands {
-        fixture.tell(command)?;
-    }
-    let truth = fixture.report()?;
-    let report = session.stop()?;
-    ensure!(report["losses"] == serde_json::json!({}), "something was lost\n{}", summary(&report));
-    Ok((report, truth))
+/// What each traced process is told to do: its name here, the fixture, the commands.
+const SCRIPTS: [(&str, &str, &[&str]); 8] = [
+    (
+        "functions",
+        "allocators",
+        &[
+            "leak malloc 20 1001",
+            "leak calloc 21 1102",
+            "leak realloc 22 1203",
+            "leak reallocarray 23 1304",
+            "leak posix_memalign 24 1405",
+            "leak aligned_alloc 25 1506",
+            "leak memalign 26 1607",
+            "leak valloc 27 1708",
+            "leak pvalloc 28 1809",
+            "release malloc 7",
+            "release calloc 8",
+            "release realloc 9",
+            "release reallocarray 10",
+            "release posix_memalign 11",
+            "release aligned_alloc 12",
+            "release memalign 13",
+            "release valloc 14",
+            "release pvalloc 15",
+            "churn malloc 30 65",
+            "churn calloc 31 66",
+            "churn posix_memalign 32 67",
+            "churn aligned_alloc 33 68",
+        ],
+    ),
+    (
+        "realloc",
+        "allocators",
+        &["grow 11 100 30000", "shrink 12 30000 100", "to_zero 13 77", "from_null 14 55", "keep 15 44"],
+    ),
+    ("failed", "allocators", &["fail 30", "leak malloc 3 111", "fail 30"]),
+    ("threads", "threads", &["handoff 150 101", "handoff_leak 150 64 10", "churn 4 150 48", "leak 5 20 257"]),
+    (
+        "jumps",
+        "throw",
+        &["jump 5", "leak 10 123", "throw_new 5", "throw_constructor 5", "throw_deep 3 10", "jump 5", "leak 20 321"],
+    ),
+    (
+        "mappings",
+        "mappings",
+        &[
+            "anon 7 3",
+            "file 5 1",
+            "churn 20 4",
+            "cut head",
+            "cut tail",
+            "cut middle",
+            "several",
+            "over",
+            "grow",
+            "move",
+            "shrink",
+            "fail",
+            "refuse 10",
+            "brk 9",
+            "unbrk 4",
+        ],
+    ),
+    (
+        "children",
+        "lifecycle",
+        &["leak 40 1000", "fork 10 500", "leak 10 10", "child 20 500", "vfork", "reap", "leak 5 7"],
+    ),
+    ("static", "static", &["leak malloc 21 201", "leak calloc 22 202", "release calloc 2", "leak realloc 23 203"]),
+];
+
+/// The trace that most tests look at.
+struct Trace {
+    /// How leaktrace ended.
+    outcome: Outcome,
+    /// After the last command. Of a stack on which nothing is live any more later reports say less.
+    report: Value,
+    /// The final one.
+    last: Value,
+    /// The process of each script and its own account, and those of `exec` and `demo`.
+    accounts: HashMap<&'static str, (u32, Value)>,
+    /// Bytes a second that the demo leaked while it was traced.
+    demo_rate: f64,
+    /// What was there while leaktrace ran and is still there after it: BPF objects, and breakpoints of the processes.
+    left: (BpfObjects, usize),
 }
 
-/// The sum of a number over the heap stacks that go through `function`.
-fn sum(report: &Value, function: &str, key: &str) -> u64 {
-    stacks(report).filter(|stack| has_frame(stack, function)).map(|stack| stack[key].as_u64().unwrap_or(0)).sum()
+fn start(fixture: &str) -> Result<Fixture> {
+    let program = match fixture {
+        "static" => kernels::static_allocators(),
+        "throw" => Program::cpp("throw"),
+        name => Program::c(name),
+    };
+    Fixture::builder(&program.build()?).start()
+}
+
+fn run() -> Result<Trace> {
+    let mut fixtures = Vec::new();
+    for (name, fixture, commands) in SCRIPTS {
+        fixtures.push((name, start(fixture)?, commands));
+    }
+    let (mut demo, mut exec) = (start("demo")?, start("lifecycle")?);
+    let pids: Vec<u32> = fixtures.iter().map(|(_, fixture, _)| fixture.pid()).chain([demo.pid(), exec.pid()]).collect();
+    let mut session = Session::start(&pids, &["--interval", "1s", "--fail-on-leak"])?;
+    ensure!(host::breakpoints(demo.pid())? > 0, "a traced process has breakpoints");
+    let held = BpfObjects::of_process(session.running().pid())?;
+    ensure!(!held.programs.is_empty(), "a tracer that is attached holds programs");
+
+    // What the demo does untraced is faster, and it catches up with the clock then: only between these two is its rate one.
+    let (before, since) = (site(&demo.report()?, "session_remember").0, Instant::now());
+    let mut accounts = HashMap::new();
+    for (name, fixture, commands) in &mut fixtures {
+        for command in *commands {
+            fixture.tell(command).with_context(|| format!("{name}: {command}"))?;
+        }
+        accounts.insert(*name, (fixture.pid(), fixture.report()?));
+    }
+    exec.tell("leak 30 1000")?;
+    exec.send("exec")?;
+    exec.wait_ready()?;
+    let attached = || host::breakpoints(exec.pid()).is_ok_and(|breakpoints| breakpoints > 0);
+    ensure!(host::wait_until(patience(), attached), "nothing attached after exec");
+    exec.tell("leak 25 700")?;
+    accounts.insert("exec", (exec.pid(), exec.report()?));
+
+    // One ring holds all records in their order, so with the last one all have been seen. Where it never is, that is for the test of
+    // it to say.
+    let (exec_pid, told) = (exec.pid(), Instant::now());
+    let report = session.next_report(
+        |report| live_in(&only(report, exec_pid), "leak_after_exec").1 == 25 || told.elapsed() > patience() / 2,
+        patience(),
+    )?;
+
+    let demo_pid = demo.pid();
+    let leaks = |report: &Value| only(report, demo_pid)["processes"][0]["verdict"] == "leaking";
+    session.next_report(leaks, TO_VERDICT).context("the demo was not found to leak")?;
+    let (after, elapsed) = (site(&demo.report()?, "session_remember").0, since.elapsed());
+    session.running().signal(libc::SIGINT)?;
+    let outcome = session.into_running().finish(patience())?;
+    let last = outcome.jsonl()?.pop().with_context(|| format!("no report; {}", outcome.stderr))?;
+    accounts.insert("demo", (demo_pid, demo.report()?));
+
+    let mut left = (held, pids.len());
+    host::wait_until(patience(), || {
+        left = (
+            left.0.still_there().unwrap_or_default(),
+            pids.iter().filter_map(|pid| host::breakpoints(*pid).ok()).sum(),
+        );
+        left.0.is_empty() && left.1 == 0
+    });
+    Ok(Trace { outcome, report, last, accounts, demo_rate: (after - before) as f64 / elapsed.as_secs_f64(), left })
+}
+
+/// The trace, which the first test that asks makes; `None` where this host cannot trace, and then the test has been reported as skipped.
+fn trace(test: &str) -> Result<Option<&'static Trace>> {
+    static TRACE: OnceLock<Result<Trace, String>> = OnceLock::new();
+    if !can_trace(test) {
+        return Ok(None);
+    }
+    let trace = TRACE.get_or_init(|| run().map_err(|error| format!("{error:#}")));
+    trace.as_ref().map(Some).map_err(|error| anyhow!("failed to trace: {error}"))
+}
+
+impl Trace {
+    /// The part of the report that is about one of the processes, and what that says of itself.
+    fn of(&self, name: &str) -> Result<(Value, &Value)> {
+        let (pid, truth) = self.accounts.get(name).with_context(|| format!("there is no process {name}"))?;
+        Ok((only(&self.report, *pid), truth))
+    }
+}
+
+/// Live bytes and blocks of the heap: threads' stacks are mappings, which libc keeps for the next thread.
+fn heap(report: &Value) -> (u64, u64) {
+    let of = |key: &str| {
+        let heap = stacks(report).filter(|stack| stack["resource"] == "heap");
+        heap.map(|stack| stack[key].as_u64().unwrap_or(0)).sum()
+    };
+    (of("live_bytes"), of("live_count"))
+}
+
+/// Bytes that were allocated under `function` since tracing began.
+fn allocated(report: &Value, function: &str) -> u64 {
+    let through = stacks(report).filter(|stack| has_frame(stack, function));
+    through.map(|stack| stack["allocated_bytes"].as_u64().unwrap_or(0)).sum()
 }
 
 /// Live and allocated bytes and blocks of each of the fixture's functions are what the fixture says, and the process has no others.
@@ -44,35 +217,21 @@ fn ensure_sites(report: &Value, truth: &Value) -> Result<()> {
         let expected = (number(account, "live_bytes"), number(account, "live_count"));
         let found = live_in(report, function);
         ensure!(found == expected, "{function}: {found:?} are live, not {expected:?}\n{}", summary(report));
-        let allocated = (sum(report, function, "allocated_bytes"), number(account, "allocated_bytes"));
+        let (found, expected) = (allocated(report, function), number(account, "allocated_bytes"));
         // What realloc allocates on the way to the final size is counted by leaktrace and not by the fixture.
-        let exact = !function.contains("realloc");
-        ensure!(
-            if exact { allocated.0 == allocated.1 } else { allocated.0 >= allocated.1 },
-            "{function}: {} bytes were allocated, not {}\n{}",
-            allocated.0,
-            allocated.1,
-            summary(report)
-        );
+        let right = if function.contains("realloc") { found >= expected } else { found == expected };
+        ensure!(right, "{function}: {found} bytes were allocated, not {expected}\n{}", summary(report));
     }
-    let whole = |key: &str| {
-        stacks(report)
-            .filter(|stack| stack["resource"] == "heap")
-            .map(|stack| stack[key].as_u64().unwrap_or(0))
-            .sum::<u64>()
-    };
-    let (found, expected) =
-        ((whole("live_bytes"), whole("live_count")), (number(truth, "live_bytes"), number(truth, "live_count")));
-    ensure!(found == expected, "{found:?} are live in all, not {expected:?}\n{}", summary(report));
+    let expected = (number(truth, "live_bytes"), number(truth, "live_count"));
+    ensure!(heap(report) == expected, "not {expected:?} are live in all\n{}", summary(report));
     Ok(())
 }
 
 /// Each allocator function by its own size argument, wherever that is; each block gone again when its address is freed.
 #[test]
 fn sizes_and_addresses_of_each_function() -> Result<()> {
-    if !can_trace("sizes_and_addresses_of_each_function") {
-        return Ok(());
-    }
+    let Some(trace) = trace("sizes_and_addresses_of_each_function")? else { return Ok(()) };
+    let (report, truth) = trace.of("functions")?;
     let vias = [
         "malloc",
         "calloc",
@@ -84,81 +243,48 @@ fn sizes_and_addresses_of_each_function() -> Result<()> {
         "valloc",
         "pvalloc",
     ];
-    let mut commands = Vec::new();
-    for (index, via) in vias.iter().enumerate() {
-        commands.push(format!("leak {via} {} {}", 20 + index, 1001 + 100 * index));
-        commands.push(format!("churn {via} {} {}", 30 + index, 65 + index));
-        commands.push(format!("release {via} {}", 7 + index));
-    }
-    let commands: Vec<&str> = commands.iter().map(String::as_str).collect();
-    let mut fixture = Fixture::start("allocators")?;
-    let (report, truth) = traced(&mut fixture, &[], &commands)?;
     for (index, via) in vias.iter().enumerate() {
         // Said here too, and not by the fixture alone.
-        let expected = ((1001 + 100 * index as u64) * 13, 13);
+        let expected = ((1001 + 101 * index as u64) * 13, 13);
         assert_eq!(live_in(&report, &format!("leak_via_{via}")), expected, "{via}\n{}", summary(&report));
     }
-    ensure_sites(&report, &truth)
+    ensure_sites(&report, truth)
 }
 
 /// realloc that moves, stays in place, starts from NULL, ends in zero, or fails: the block has its last size, and a failed call leaves
 /// the old one.
 #[test]
 fn realloc_in_all_its_ways() -> Result<()> {
-    if !can_trace("realloc_in_all_its_ways") {
-        return Ok(());
-    }
-    let commands = ["grow 11 100 30000", "shrink 12 30000 100", "to_zero 13 77", "from_null 14 55", "keep 15 44"];
-    let mut fixture = Fixture::start("allocators")?;
-    let (report, truth) = traced(&mut fixture, &[], &commands)?;
+    let Some(trace) = trace("realloc_in_all_its_ways")? else { return Ok(()) };
+    let (report, truth) = trace.of("realloc")?;
     assert_eq!(live_in(&report, "realloc_grow"), (11 * 51_200, 11), "{}", summary(&report));
     assert_eq!(live_in(&report, "realloc_shrink"), (12 * 58, 12), "{}", summary(&report));
     assert_eq!(live_in(&report, "realloc_from_null"), (14 * 55, 14), "{}", summary(&report));
     assert_eq!(live_in(&report, "keep_over_failed_realloc"), (15 * 44, 15), "{}", summary(&report));
-    ensure_sites(&report, &truth)
+    ensure_sites(&report, truth)
 }
 
 /// Calls that fail count nothing: NULL, an error from `posix_memalign`, a product that overflows.
 #[test]
 fn failed_calls_count_nothing() -> Result<()> {
-    if !can_trace("failed_calls_count_nothing") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("allocators")?;
-    let (report, truth) = traced(&mut fixture, &[], &["fail 30", "leak malloc 3 111", "fail 30"])?;
-    assert_eq!(live_of(&report, fixture.pid()), (333, 3), "{}", summary(&report));
-    assert_eq!(sum(&report, "fail_each", "allocated_bytes"), 0, "{}", summary(&report));
-    ensure_sites(&report, &truth)
-}
-
-/// The size filter sees the argument before anything is recorded.
-#[test]
-fn sizes_are_filtered() -> Result<()> {
-    if !can_trace("sizes_are_filtered") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("allocators")?;
-    let commands = ["leak malloc 5 499", "leak calloc 6 500", "leak aligned_alloc 7 900", "leak posix_memalign 8 901"];
-    let (report, _) = traced(&mut fixture, &["--min-size", "500", "--max-size", "900"], &commands)?;
-    assert_eq!(live_of(&report, fixture.pid()), (6 * 500 + 7 * 900, 13), "{}", summary(&report));
-    Ok(())
+    let Some(trace) = trace("failed_calls_count_nothing")? else { return Ok(()) };
+    let (report, truth) = trace.of("failed")?;
+    assert_eq!(heap(&report), (333, 3), "{}", summary(&report));
+    assert_eq!(allocated(&report, "fail_each"), 0, "{}", summary(&report));
+    ensure_sites(&report, truth)
 }
 
 /// Blocks freed by another thread than the one that allocated them, and threads that end, on all processors there are.
 #[test]
 fn threads_free_each_others_blocks() -> Result<()> {
-    if !can_trace("threads_free_each_others_blocks") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("threads")?;
-    let commands = ["handoff 150 101", "handoff_leak 150 64 10", "churn 4 150 48", "leak 5 20 257"];
-    let (report, truth) = traced(&mut fixture, &["--resource", "heap"], &commands)?;
+    let Some(trace) = trace("threads_free_each_others_blocks")? else { return Ok(()) };
+    let (report, truth) = trace.of("threads")?;
     assert_eq!(live_in(&report, "produce_some_kept"), (15 * 64, 15), "{}", summary(&report));
     assert_eq!(live_in(&report, "leak_in_thread"), (100 * 257, 100), "{}", summary(&report));
     for function in ["produce", "churn_block"] {
         assert_eq!(live_in(&report, function), (0, 0), "{function}\n{}", summary(&report));
-        let allocated = truth["sites"][function]["allocated_bytes"].as_u64().context("the fixture did nothing")?;
-        assert_eq!(sum(&report, function, "allocated_bytes"), allocated, "{function}\n{}", summary(&report));
+        let expected = truth["sites"][function]["allocated_bytes"].as_u64().context("the fixture did nothing")?;
+        assert_eq!(allocated(&report, function), expected, "{function}\n{}", summary(&report));
     }
     Ok(())
 }
@@ -166,50 +292,27 @@ fn threads_free_each_others_blocks() -> Result<()> {
 /// A call that is left by a jump or an exception does not disturb those after it.
 #[test]
 fn calls_left_by_a_jump() -> Result<()> {
-    if !can_trace("calls_left_by_a_jump") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::builder(&Program::cpp("throw").build()?).start()?;
-    let commands =
-        ["jump 5", "leak 10 123", "throw_new 5", "throw_constructor 5", "throw_deep 3 10", "jump 5", "leak 20 321"];
-    let (report, truth) = traced(&mut fixture, &["--resource", "heap"], &commands)?;
-    assert_eq!(site(&truth, "leak_via_new"), (10 * 123 + 20 * 321, 30));
-    assert_eq!(live_of(&report, fixture.pid()), (10 * 123 + 20 * 321, 30), "{}", summary(&report));
+    let Some(trace) = trace("calls_left_by_a_jump")? else { return Ok(()) };
+    let (report, truth) = trace.of("jumps")?;
+    assert_eq!(site(truth, "leak_via_new"), (10 * 123 + 20 * 321, 30));
+    assert_eq!(heap(&report), (10 * 123 + 20 * 321, 30), "{}", summary(&report));
     Ok(())
 }
 
 /// Mappings, whole and in part, moved and refused, and the program break: system calls by their arguments and results.
 #[test]
 fn mappings_and_the_break() -> Result<()> {
-    if !can_trace("mappings_and_the_break") {
-        return Ok(());
-    }
-    let commands = [
-        "anon 7 3",
-        "file 5 1",
-        "churn 20 4",
-        "cut head",
-        "cut tail",
-        "cut middle",
-        "several",
-        "over",
-        "grow",
-        "move",
-        "shrink",
-        "fail",
-        "refuse 10",
-        "brk 9",
-        "unbrk 4",
-    ];
-    let mut fixture = Fixture::start("mappings")?;
-    let (report, truth) = traced(&mut fixture, &["--resource", "mmap"], &commands)?;
+    let Some(trace) = trace("mappings_and_the_break")? else { return Ok(()) };
+    let (report, truth) = trace.of("mappings")?;
     let number = |of: &Value, key: &str| of[key].as_u64().unwrap_or(0);
-    let page = number(&truth, "page_size");
-    assert_eq!(number(&truth, "brk_bytes"), 5 * page);
-    let expected = number(&truth, "anon_bytes") + number(&truth, "file_bytes") + 5 * page;
-    assert_eq!(live_of(&report, fixture.pid()).0, expected, "{truth}\n{}", summary(&report));
+    let page = number(truth, "page_size");
+    assert_eq!(number(truth, "brk_bytes"), 5 * page);
+    let mapped = stacks(&report).filter(|stack| stack["resource"] == "mmap");
+    let mapped: u64 = mapped.map(|stack| number(stack, "live_bytes")).sum();
+    let expected = number(truth, "anon_bytes") + number(truth, "file_bytes") + 5 * page;
+    assert_eq!(mapped, expected, "{truth}\n{}", summary(&report));
     // The call is made in libc, from where a walk by frame pointers misses the function that called libc.
-    if has_tables(&report) {
+    if trace.report["mode"]["unwinder"] == "tables" {
         for (function, site) in truth["sites"].as_object().context("the fixture names no sites")? {
             let found = live_in(&report, function).0;
             assert_eq!(found, number(site, "live_bytes"), "{function}\n{}", summary(&report));
@@ -218,22 +321,13 @@ fn mappings_and_the_break() -> Result<()> {
     Ok(())
 }
 
-/// Whether the stacks were unwound with tables, and not by frame pointers alone.
-fn has_tables(report: &Value) -> bool {
-    report["mode"]["unwinder"] == "tables"
-}
-
 /// fork and vfork leave the parent's account alone.
 #[test]
 fn children_have_their_own_account() -> Result<()> {
-    if !can_trace("children_have_their_own_account") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("lifecycle")?;
-    let commands = ["leak 40 1000", "fork 10 500", "leak 10 10", "child 20 500", "vfork", "reap", "leak 5 7"];
-    let (report, truth) = traced(&mut fixture, &["--resource", "heap"], &commands)?;
+    let Some(trace) = trace("children_have_their_own_account")? else { return Ok(()) };
+    let (report, truth) = trace.of("children")?;
     assert_eq!(live_in(&report, "leak_before"), (40_135, 55), "{}", summary(&report));
-    assert_eq!(live_in(&report, "leak_before"), site(&truth, "leak_before"));
+    assert_eq!(live_in(&report, "leak_before"), site(truth, "leak_before"));
     assert_eq!(live_in(&report, "leak_in_child"), (0, 0), "{}", summary(&report));
     Ok(())
 }
@@ -241,21 +335,8 @@ fn children_have_their_own_account() -> Result<()> {
 /// After execve what was live is gone, and the new image is traced.
 #[test]
 fn exec_starts_anew() -> Result<()> {
-    if !can_trace("exec_starts_anew") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("lifecycle")?;
-    let pid = fixture.pid();
-    let session = Session::start(&[pid], &["--resource", "heap"])?;
-    fixture.tell("leak 30 1000")?;
-    fixture.send("exec")?;
-    fixture.wait_ready()?;
-    ensure!(
-        host::wait_until(PATIENCE, || host::breakpoints(pid).is_ok_and(|breakpoints| breakpoints > 0)),
-        "nothing attached after exec"
-    );
-    fixture.tell("leak 25 700")?;
-    let report = session.stop()?;
+    let Some(trace) = trace("exec_starts_anew")? else { return Ok(()) };
+    let (report, _) = trace.of("exec")?;
     assert_eq!(live_in(&report, "leak_before"), (0, 0), "{}", summary(&report));
     assert_eq!(live_in(&report, "leak_after_exec"), (25 * 700, 25), "{}", summary(&report));
     Ok(())
@@ -264,14 +345,71 @@ fn exec_starts_anew() -> Result<()> {
 /// A static program, whose allocator is its own code.
 #[test]
 fn static_program() -> Result<()> {
-    if !can_trace("static_program") {
+    let Some(trace) = trace("static_program")? else { return Ok(()) };
+    let (report, truth) = trace.of("static")?;
+    assert_eq!(live_in(&report, "leak_via_calloc"), (20 * 202, 20), "{}", summary(&report));
+    ensure_sites(&report, truth)
+}
+
+/// The demo's leak is named, alone among all processes, with its whole call stack and its rate; and the exit status says so.
+#[test]
+fn leak_is_named_with_its_stack() -> Result<()> {
+    let Some(trace) = trace("leak_is_named_with_its_stack")? else { return Ok(()) };
+    assert_eq!(trace.outcome.code()?, 3, "{}", trace.outcome.stderr);
+    let (pid, _) = trace.accounts.get("demo").context("there is no demo")?;
+    let report = only(&trace.last, *pid);
+    let growing: Vec<&Value> = stacks(&trace.last).filter(|stack| stack["verdict"] == "growing").collect();
+    ensure!(growing.len() == 1, "{} stacks are called growing\n{}", growing.len(), summary(&trace.last));
+    ensure!(stacks(&report).next() == Some(growing[0]), "it is not the demo's first\n{}", summary(&report));
+    let frames = growing[0]["frames"].as_array().context("no frames")?;
+    let functions: Vec<&str> = frames.iter().filter_map(|frame| frame["function"].as_str()).take(4).collect();
+    assert_eq!(functions, ["session_remember", "session_open", "handle_request", "serve_requests"]);
+    assert!(frames[0]["file"].as_str().is_some_and(|file| file.ends_with("demo.c")), "{}", frames[0]);
+    let (found, rate) = (growing[0]["growth"]["bytes_per_s"].as_f64().context("no rate")?, trace.demo_rate);
+    ensure!((found / rate - 1.0).abs() < 0.25, "{found} bytes a second found, {rate} leaked\n{}", summary(&report));
+    Ok(())
+}
+
+/// A trace that has ended has lost nothing, and takes its programs and breakpoints with it.
+#[test]
+fn nothing_is_lost_or_left_behind() -> Result<()> {
+    let Some(trace) = trace("nothing_is_lost_or_left_behind")? else { return Ok(()) };
+    for report in [&trace.report, &trace.last] {
+        assert_eq!(report["losses"], serde_json::json!({}), "{}", summary(report));
+    }
+    let (objects, breakpoints) = &trace.left;
+    assert!(objects.is_empty() && *breakpoints == 0, "{objects:?} and {breakpoints} breakpoints are left");
+    Ok(())
+}
+
+/// The size filter sees the argument before anything is recorded; and a tracer that is killed leaves nothing behind either.
+#[test]
+fn filtered_sizes_then_a_killed_tracer() -> Result<()> {
+    if !can_trace("filtered_sizes_then_a_killed_tracer") {
         return Ok(());
     }
-    let mut fixture = Fixture::builder(&kernels::static_allocators().build()?).start()?;
-    let commands = ["leak malloc 21 201", "leak calloc 22 202", "release calloc 2", "leak realloc 23 203"];
-    let (report, truth) = traced(&mut fixture, &["--resource", "heap"], &commands)?;
-    assert_eq!(live_in(&report, "leak_via_calloc"), (20 * 202, 20), "{}", summary(&report));
-    ensure_sites(&report, &truth)
+    let mut fixture = Fixture::start("allocators")?;
+    let pid = fixture.pid();
+    let mut session = Session::start(&[pid], &["--min-size", "500", "--max-size", "900"])?;
+    for command in ["leak malloc 5 499", "leak calloc 6 500", "leak aligned_alloc 7 900", "leak posix_memalign 8 901"] {
+        fixture.tell(command)?;
+    }
+    let expected = (6 * 500 + 7 * 900, 13);
+    session.next_report(|report| live_of(report, pid) == expected, patience()).context("not what the filter leaves")?;
+    fixture.tell("leak malloc 1 499")?;
+    let report = session.next_report(|_| true, patience())?;
+    assert_eq!(live_of(&report, pid), expected, "{}", summary(&report));
+
+    let held = BpfObjects::of_process(session.running().pid())?;
+    ensure!(!held.programs.is_empty(), "a tracer that is attached holds programs");
+    session.running().signal(libc::SIGKILL)?;
+    session.into_running().finish(patience())?;
+    let gone = || held.still_there().is_ok_and(|left| left.is_empty());
+    ensure!(host::wait_until(patience(), gone), "{:?} is left", held.still_there());
+    let healed = || host::breakpoints(pid).is_ok_and(|left| left == 0);
+    ensure!(host::wait_until(patience(), healed), "breakpoints are left");
+    fixture.tell("churn malloc 100 64")?;
+    Ok(())
 }
 
 /// A program of the system, run from its first allocation to its end: its exit status comes through, and it frees only what was seen
@@ -284,15 +422,15 @@ fn command_from_its_first_allocation() -> Result<()> {
     let Some(sqlite3) = host::program("command_from_its_first_allocation", kernels::SYSTEM_PROGRAMS[0]) else {
         return Ok(());
     };
-    let query = "create table t(a); with recursive c(x) as (select 1 union all select x + 1 from c where x < 50) \
-                 insert into t select hex(randomblob(50)) from c; select count(*) from t; .exit 7";
-    let statements = query.split("; ").map(|statement| {
-        // What begins with a dot is a command of the shell, which takes no semicolon.
-        if statement.starts_with('.') { statement.to_owned() } else { format!("{statement};") }
-    });
-    let mut leaktrace = Leaktrace::new()?.args(["--format", "json", "--top", "1000", "--"]).arg(sqlite3);
-    leaktrace = leaktrace.args(["-batch", ":memory:"]).args(statements);
-    let outcome = leaktrace.run(3 * PATIENCE)?;
+    let statements = [
+        "create table t(a);",
+        "with recursive c(x) as (select 1 union all select x + 1 from c where x < 50)
+         insert into t select hex(randomblob(50)) from c;",
+        "select count(*) from t;",
+        ".exit 7",
+    ];
+    let leaktrace = Leaktrace::new()?.args(["--format", "json", "--top", "1000", "--"]).arg(sqlite3);
+    let outcome = leaktrace.args(["-batch", ":memory:"]).args(statements).run(3 * patience())?;
     assert_eq!(outcome.code()?, 7, "{outcome:?}");
     // The command writes to the same standard output, before the report.
     let (answer, report) = outcome.stdout.split_at(outcome.stdout.find('{').context("no report")?);
@@ -305,64 +443,13 @@ fn command_from_its_first_allocation() -> Result<()> {
     Ok(())
 }
 
-/// The demo's leak is named, first and alone, with its whole call stack and its rate; and the exit status says so.
-#[test]
-fn leak_is_named_with_its_stack() -> Result<()> {
-    if !can_trace("leak_is_named_with_its_stack") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("demo")?;
-    let mut session = Session::start(&[fixture.pid()], &["--interval", "1s", "--fail-on-leak"])?;
-    // Between these two: what it does untraced is faster, and it catches up with the clock then.
-    let (before, start) = (site(&fixture.report()?, "session_remember").0, Instant::now());
-    session.next_report(|report| report["processes"][0]["verdict"] == "leaking", TO_VERDICT)?;
-    let (after, elapsed) = (site(&fixture.report()?, "session_remember").0, start.elapsed());
-    session.running().signal(libc::SIGINT)?;
-    let outcome = session.into_running().finish(PATIENCE)?;
-    assert_eq!(outcome.code()?, 3, "{}", outcome.stderr);
-    let report = outcome.jsonl()?.pop().context("no report")?;
-    let growing: Vec<&Value> = stacks(&report).filter(|stack| stack["verdict"] == "growing").collect();
-    ensure!(growing.len() == 1, "{} stacks are called growing\n{}", growing.len(), summary(&report));
-    let frames = growing[0]["frames"].as_array().context("no frames")?;
-    let functions: Vec<&str> = frames.iter().filter_map(|frame| frame["function"].as_str()).take(4).collect();
-    assert_eq!(functions, ["session_remember", "session_open", "handle_request", "serve_requests"]);
-    assert!(frames[0]["file"].as_str().is_some_and(|file| file.ends_with("demo.c")), "{}", frames[0]);
-    let rate = (after - before) as f64 / elapsed.as_secs_f64();
-    let found = growing[0]["growth"]["bytes_per_s"].as_f64().context("no rate")?;
-    ensure!((found / rate - 1.0).abs() < 0.25, "{found} bytes a second found, {rate} leaked\n{}", summary(&report));
-    Ok(())
-}
-
-/// A trace that is ended takes its programs and breakpoints with it; one that is killed does too.
-#[test]
-fn nothing_is_left_behind() -> Result<()> {
-    if !can_trace("nothing_is_left_behind") {
-        return Ok(());
-    }
-    let mut fixture = Fixture::start("allocators")?;
-    for signal in [libc::SIGINT, libc::SIGKILL] {
-        let running = Session::start(&[fixture.pid()], &[])?.into_running();
-        ensure!(host::breakpoints(fixture.pid())? > 0, "a traced process has breakpoints");
-        let held = BpfObjects::of_process(running.pid())?;
-        ensure!(!held.programs.is_empty(), "a tracer that is attached holds programs");
-        running.signal(signal)?;
-        running.finish(PATIENCE)?;
-        let gone = || held.still_there().is_ok_and(|left| left.is_empty());
-        ensure!(host::wait_until(PATIENCE, gone), "{:?} is left after signal {signal}", held.still_there());
-        let healed = || host::breakpoints(fixture.pid()).is_ok_and(|left| left == 0);
-        ensure!(host::wait_until(PATIENCE, healed), "breakpoints are left after signal {signal}");
-        fixture.tell("churn malloc 100 64")?;
-    }
-    Ok(())
-}
-
 /// `doctor` finds that this kernel can be traced, and says by which links.
 #[test]
 fn doctor_finds_what_there_is() -> Result<()> {
     if !can_trace("doctor_finds_what_there_is") {
         return Ok(());
     }
-    let outcome = Leaktrace::new()?.arg("doctor").run(PATIENCE)?;
+    let outcome = Leaktrace::new()?.arg("doctor").run(patience())?;
     assert_eq!(outcome.code()?, 0, "{}", outcome.stdout);
     let links = outcome.stdout.lines().find(|line| line.contains("probe links")).context("no line on links")?;
     ensure!(["session", "multi-uprobe", "perf events"].iter().any(|kind| links.contains(kind)), "{links}");

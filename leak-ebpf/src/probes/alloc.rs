@@ -11,7 +11,7 @@ use aya_ebpf::programs::ProbeContext;
 use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 
 use crate::emit::{emit, emit_free, header, missed_free, output};
-use crate::maps::{count, is_target, now, size_is_followed};
+use crate::maps::{count, is_target, never, now, size_is_followed};
 use crate::regs::{self, Frame};
 use crate::returns;
 use crate::stack::{self, For};
@@ -24,6 +24,31 @@ const NO_RETURN: u32 = 1;
 
 /// The recorded call's function where its size is filtered out.
 const NOT_FOLLOWED: u64 = 0;
+
+/// Has the kernel leave this program's stack where the thread's own is.
+///
+/// Since 6.13 (arm64: 6.17) the JIT gives tracing programs a stack for each *CPU*, on the ground that they do not run twice at once on
+/// one (`bpf_enable_priv_stack`, <https://github.com/torvalds/linux/blob/v6.16/kernel/bpf/verifier.c>). A uprobe program does where
+/// the kernel is preemptible: nothing keeps another thread that hits a breakpoint from running it meanwhile (`uprobe_prog_run` has no
+/// check for that), and both then write over each other's variables. On 7.3 that was met as a page fault in the kernel. A
+/// program that holds a tail call gets no such stack; whether it is ever reached does not matter, and the verifier takes it out.
+#[inline(always)]
+fn keep_own_stack() {
+    if never() {
+        // SAFETY: never reached. 12 is bpf_tail_call (include/uapi/linux/bpf.h); calls change these registers.
+        unsafe {
+            core::arch::asm!(
+                "call 12",
+                out("r0") _,
+                out("r1") _,
+                out("r2") _,
+                out("r3") _,
+                out("r4") _,
+                out("r5") _,
+            );
+        }
+    }
+}
 
 #[inline(always)]
 fn frame(ctx: &ProbeContext) -> Frame {
@@ -236,6 +261,7 @@ fn shape(ctx: &ProbeContext) -> u8 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uprobe")]
 extern "C" fn session(ctx: *mut c_void) -> u32 {
+    keep_own_stack();
     let ctx = ProbeContext::new(ctx);
     let ids = ids();
     let Some(thread) = current(ids) else {
@@ -272,6 +298,7 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
 /// The entries of every function, on one link with cookies (6.6).
 #[uprobe]
 fn enter_any(ctx: ProbeContext) -> u32 {
+    keep_own_stack();
     let ids = ids();
     enter_shape(&ctx, current(ids), ids, shape(&ctx));
     0
@@ -280,6 +307,7 @@ fn enter_any(ctx: ProbeContext) -> u32 {
 /// The return of any function.
 #[uprobe]
 fn leave_any(ctx: ProbeContext) -> u32 {
+    keep_own_stack();
     let ids = ids();
     if let Some(thread) = current(ids) {
         leave(thread, ids, frame(&ctx));
@@ -292,6 +320,7 @@ macro_rules! entry {
     ($name:ident, $shape:expr) => {
         #[uprobe]
         fn $name(ctx: ProbeContext) -> u32 {
+            keep_own_stack();
             let ids = ids();
             enter_shape(&ctx, current(ids), ids, $shape);
             0

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
-use leaktrace_tests::{PREBUILT_VARIABLE, host, kernels, target_dir};
+use leaktrace_tests::{PREBUILT_VARIABLE, SLOWNESS_VARIABLE, host, kernels, target_dir};
 
 use super::arch::Arch;
 use super::debian::{Suite, aside};
@@ -24,6 +24,10 @@ const SUITE: &str = "bookworm";
 const FIXTURES: &str = "usr/lib/fixtures";
 const LEAKTRACE: &str = "usr/bin/leaktrace";
 const TESTS: &str = "usr/bin/suite";
+
+/// How many times longer things may take than on a busy host: the verifier alone goes through a hundred thousand instructions, which
+/// is 0.3 s there and half a minute under an emulator that has half a processor.
+const SLOWNESS: u32 = 4;
 
 /// Lines that init prints around the suite; the runner reads them.
 pub const DOCTOR_LINE: &str = "vm: doctor: ";
@@ -73,7 +77,7 @@ fn init_script() -> String {
          /usr/bin/busybox --install -s /usr/bin\n\
          mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp\n\
          export PATH=/usr/bin:/usr/sbin HOME=/root TMPDIR=/tmp\n\
-         export {}=/{LEAKTRACE} {PREBUILT_VARIABLE}=/{FIXTURES} {}=1\n\
+         export {}=/{LEAKTRACE} {PREBUILT_VARIABLE}=/{FIXTURES} {}=1 {SLOWNESS_VARIABLE}={SLOWNESS}\n\
          leaktrace doctor | sed 's/^/{DOCTOR_LINE}/'\n\
          /{TESTS} --test-threads=1 $(echo \"${FILTER_PARAMETER}\" | tr , ' ')\n\
          status=$?\n\
