@@ -180,7 +180,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         "use a kernel with CONFIG_UPROBE_EVENTS=y, as all distributions' are, and mount sysfs",
     ));
     checks.push(links(facts));
-    checks.extend(facts.abilities.iter().flat_map(abilities));
+    checks.extend(facts.abilities.into_iter().flat_map(abilities));
     checks.push(Check::new(
         "BTF",
         if facts.btf { Status::Ok } else { Status::Missing },
@@ -284,7 +284,7 @@ fn links(facts: &Facts) -> Check {
 }
 
 /// How the programs do what newer kernels make cheaper: nothing to mend, but it explains what a trace costs.
-fn abilities(abilities: &Abilities) -> [Check; 3] {
+fn abilities(abilities: Abilities) -> [Check; 3] {
     let mapping_calls = match abilities.mapping_hook {
         MappingHook::Functions => "at the kernel's functions (fentry)",
         MappingHook::TypedTracepoints | MappingHook::Tracepoints | MappingHook::NotAtAll => {
