@@ -1,12 +1,19 @@
 //! Empty programs where leaktrace's own would stand: what the breakpoints alone cost a process. Only the bench asks.
 
+use std::ffi::CString;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result};
 use leak_common::op;
 
-use super::sys::{LinkSupport, UprobeKind, link_uprobe_multi, load_answer, perf_uprobe};
-use super::{Places, Probes};
+use super::btf::Btf;
+use super::sys::{
+    self, Hook, LinkSupport, UprobeKind, link_raw_tracepoint, link_tracing, link_uprobe_multi, load_answer, perf_uprobe,
+};
+use super::{
+    MAPPING_FUNCTIONS, MAPPING_TRACEPOINTS, MappingHook, Places, Probes, SYSCALL_PREFIX, TYPED_TRACEPOINTS,
+    kernel_types,
+};
 
 /// What a session program answers at entry: run at the return too, or not (`UPROBE_HANDLER_IGNORE`).
 const WITH_RETURN: i32 = 0;
@@ -28,13 +35,31 @@ impl Floor {
         let kind = LinkSupport::probe().best();
         // As the result of anything but a session program 1 would remove the breakpoint.
         let without = if kind == UprobeKind::Session { NO_RETURN } else { 0 };
-        let load = |answer| load_answer("floor", kind, answer).context("failed to load an empty BPF program");
+        let load = |answer| load_uprobe(kind, answer).context("failed to load an empty BPF program");
         Ok(Self { kind, with_return: load(WITH_RETURN)?, entry_only: load(without)? })
     }
 
     /// How uprobes are attached.
     pub fn kind(&self) -> UprobeKind {
         self.kind
+    }
+
+    /// Puts empty programs where [`super::Programs::load`] would watch mapping calls, by the first means that this kernel has.
+    pub fn watch_mappings(&self) -> Result<(MappingHook, Probes)> {
+        let btf = kernel_types();
+        // The programs at functions and typed tracepoints are left out where the kernel has no bpf_loop, as leaktrace's are.
+        let btf = btf.as_ref().filter(|_| sys::has_loop());
+        for (hook, attach) in [
+            (MappingHook::Functions, at_functions as fn(&Btf) -> Result<Vec<OwnedFd>>),
+            (MappingHook::TypedTracepoints, at_typed_tracepoints),
+        ] {
+            match btf.context("the kernel has no type information, or no bpf_loop").and_then(attach) {
+                Ok(links) => return Ok((hook, Probes { links })),
+                Err(error) => log::info!("mapping calls cannot be watched by {}: {error:#}", hook.name()),
+            }
+        }
+        let links = at_tracepoints().context("failed to watch mapping calls with empty programs")?;
+        Ok((MappingHook::Tracepoints, Probes { links }))
     }
 
     /// Puts the programs where [`super::Programs::attach`] would put leaktrace's: at the entries, and at the returns of all
@@ -67,4 +92,44 @@ impl Floor {
             .with_context(|| format!("failed to put empty programs into {} for pid {tgid}", places.file.display()))?;
         Ok(Probes { links })
     }
+}
+
+fn load_uprobe(kind: UprobeKind, answer: i32) -> std::io::Result<OwnedFd> {
+    load_answer("floor", Hook::Uprobe(kind), answer)
+}
+
+fn at_functions(btf: &Btf) -> Result<Vec<OwnedFd>> {
+    let mut links = Vec::new();
+    for (_, _, call) in MAPPING_FUNCTIONS {
+        let function = format!("{SYSCALL_PREFIX}{call}");
+        let id = btf.id(&function).with_context(|| format!("the kernel has no function {function}"))?;
+        for hook in [Hook::FunctionExit(id), Hook::FunctionEntry(id)] {
+            links.push(typed(hook).with_context(|| format!("failed to attach to {function}"))?);
+        }
+    }
+    Ok(links)
+}
+
+fn at_typed_tracepoints(btf: &Btf) -> Result<Vec<OwnedFd>> {
+    let attach = |(_, tracepoint): (&str, &str)| {
+        let id = btf.id(&format!("btf_trace_{tracepoint}"));
+        let id = id.with_context(|| format!("the kernel has no type for the tracepoint {tracepoint}"))?;
+        typed(Hook::Tracepoint(id)).with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))
+    };
+    TYPED_TRACEPOINTS.into_iter().map(attach).collect()
+}
+
+/// A program at the function or tracepoint that `hook` names.
+fn typed(hook: Hook) -> std::io::Result<OwnedFd> {
+    link_tracing(load_answer("floor", hook, 0)?.as_fd())
+}
+
+fn at_tracepoints() -> Result<Vec<OwnedFd>> {
+    let attach = |(_, tracepoint): (&str, &str)| {
+        let name = CString::new(tracepoint)?;
+        let program = load_answer("floor", Hook::RawTracepoint, 0)?;
+        link_raw_tracepoint(program.as_fd(), &name)
+            .with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))
+    };
+    MAPPING_TRACEPOINTS.into_iter().map(attach).collect()
 }

@@ -1,7 +1,7 @@
 //! The bpf(2) and `perf_event_open(2)` calls that aya does not make: programs with an expected attach type for uprobes,
 //! multi-uprobe and session links, perf events that stay open in their own descriptor, and programs at functions of the kernel.
 
-use std::ffi::{CString, c_long};
+use std::ffi::{CStr, CString, c_long};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
@@ -143,8 +143,8 @@ pub fn load_program(program: &Program<'_>) -> io::Result<OwnedFd> {
     })
 }
 
-/// Loads a uprobe program that does nothing but answer `answer`.
-pub fn load_answer(name: &str, kind: UprobeKind, answer: i32) -> io::Result<OwnedFd> {
+/// Loads a program that does nothing but answer `answer`.
+pub fn load_answer(name: &str, hook: Hook, answer: i32) -> io::Result<OwnedFd> {
     let license = c"Dual MIT/GPL".to_owned();
     // r0 = answer; exit
     let mut instructions: [bpf_insn; 2] = [
@@ -160,7 +160,7 @@ pub fn load_answer(name: &str, kind: UprobeKind, answer: i32) -> io::Result<Owne
         name,
         instructions: &instructions,
         license: &license,
-        hook: Hook::Uprobe(kind),
+        hook,
         btf: None,
         func_info: Vec::new(),
         func_info_size: 0,
@@ -309,6 +309,14 @@ pub fn set_program(map: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<(
 pub fn link_tracing(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     // A name of zero: the program itself knows where.
+    attr.raw_tracepoint.prog_fd = program.as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr).map(fd)
+}
+
+/// Attaches a program to a raw tracepoint.
+pub fn link_raw_tracepoint(program: BorrowedFd<'_>, tracepoint: &CStr) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.raw_tracepoint.name = tracepoint.as_ptr() as u64;
     attr.raw_tracepoint.prog_fd = program.as_raw_fd() as u32;
     bpf(bpf_cmd::BPF_RAW_TRACEPOINT_OPEN, &mut attr).map(fd)
 }
@@ -474,7 +482,7 @@ impl LinkSupport {
 /// Whether a link of this kind can be made. As in libbpf's `probe_uprobe_multi_link`, the file is one that cannot hold
 /// uprobes: a kernel that knows the link looks at the file and answers EBADF, one that does not answers EINVAL.
 fn links(kind: UprobeKind) -> bool {
-    let Ok(program) = load_answer("leak_probe", kind, 0) else {
+    let Ok(program) = load_answer("leak_probe", Hook::Uprobe(kind), 0) else {
         return false;
     };
     match link_uprobe_multi(program.as_fd(), kind, Path::new("/"), &[0], &[], 0, false) {
