@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use leaktrace_tests::{Fixture, PATIENCE};
+use leaktrace_tests::{Fixture, PATIENCE, Program};
 use nix::libc;
 use serde::Serialize;
 use serde_json::Value;
@@ -22,6 +22,24 @@ pub struct Plan {
     pub rounds: u32,
     /// Of each measurement.
     pub duration: Duration,
+}
+
+/// The program `deep`, as it is built for the workloads.
+pub struct Targets {
+    pub frame_pointers: PathBuf,
+    pub no_frame_pointers: PathBuf,
+}
+
+impl Targets {
+    /// Compiles what has not been compiled yet.
+    pub fn build() -> Result<Self> {
+        let deep = Program::c("deep");
+        Ok(Self { frame_pointers: deep.build()?, no_frame_pointers: deep.without_frame_pointers().build()? })
+    }
+
+    fn of(&self, workload: Workload) -> &Path {
+        if workload.frame_pointers { &self.frame_pointers } else { &self.no_frame_pointers }
+    }
 }
 
 /// The target runs so long before anything is measured: caches, the tool's tables, the processor's clock.
@@ -69,6 +87,8 @@ pub struct TracerFigures {
     /// Run time of the probes' programs over the target's pairs.
     pub ns_per_run: f64,
     pub ns_per_pair: f64,
+    /// Of the deepest stack that it shows.
+    pub stack_frames: Option<usize>,
     /// What leaktrace itself says.
     pub report: Option<ReportFigures>,
 }
@@ -82,8 +102,17 @@ pub struct ReportFigures {
     pub expected_events: u64,
     pub lost: u64,
     pub losses: BTreeMap<String, u64>,
-    /// Of the deepest stack that held a block at the end.
-    pub stack_frames: usize,
+    /// Frames that were taken over from the thread's last stack, and those that were unwound.
+    pub frames_reused: u64,
+    pub frames_unwound: u64,
+}
+
+impl ReportFigures {
+    /// Of all frames; `None` where none were counted.
+    pub fn reused(&self) -> Option<f64> {
+        let all = self.frames_reused + self.frames_unwound;
+        (all > 0).then(|| self.frames_reused as f64 / all as f64)
+    }
 }
 
 /// Run time of a tool's programs, from the kernel's statistics.
@@ -107,8 +136,8 @@ struct Run {
 }
 
 /// Measures one cell.
-pub fn cell(tools: &Tools, deep: &Path, row: Row, workload: Workload, round: u32, plan: Plan) -> Result<Cell> {
-    let mut target = Fixture::builder(deep)
+pub fn cell(tools: &Tools, targets: &Targets, row: Row, workload: Workload, round: u32, plan: Plan) -> Result<Cell> {
+    let mut target = Fixture::builder(targets.of(workload))
         .arg("--threads")
         .arg(workload.threads.to_string())
         .arg("--frames")
@@ -138,6 +167,14 @@ pub fn cell(tools: &Tools, deep: &Path, row: Row, workload: Workload, round: u32
     let (breakpoints, attach) = (tracer.breakpoints, tracer.attach);
     let ended = tracer.finish()?;
     let calls = 2 * (warm_up.pairs + plain.pairs + timed.pairs);
+    let (report, stack_frames) = match row {
+        Row::Memleak => (None, memleak_frames(&ended.output)),
+        _ if row.is_leaktrace() => {
+            let (report, frames) = read_report(&ended.output, calls)?;
+            (Some(report), Some(frames))
+        }
+        _ => (None, None),
+    };
     cell.tracer = Some(TracerFigures {
         breakpoints,
         attach_s: attach.as_secs_f64(),
@@ -148,7 +185,8 @@ pub fn cell(tools: &Tools, deep: &Path, row: Row, workload: Workload, round: u32
         programs,
         ns_per_run: programs.ns as f64 / programs.runs as f64,
         ns_per_pair: programs.ns as f64 / timed.pairs as f64,
-        report: if row == Row::Leaktrace { Some(read_report(&ended.output, calls)?) } else { None },
+        stack_frames,
+        report,
     });
     Ok(cell)
 }
@@ -162,7 +200,14 @@ fn run(target: &mut Fixture, duration: Duration) -> Result<Run> {
     Ok(Run { pairs, seconds: number("seconds")?, cpu_seconds: number("cpu_seconds")? })
 }
 
-fn read_report(text: &str, expected_events: u64) -> Result<ReportFigures> {
+/// Frames of the deepest stack in what memleak prints: under each line for a stack one for each frame, numbered from zero.
+fn memleak_frames(text: &str) -> Option<usize> {
+    let number = |line: &str| line.strip_prefix('\t')?.split_once(" [<")?.0.parse::<usize>().ok();
+    text.lines().filter_map(number).max().map(|last| last + 1)
+}
+
+/// Also gives the frames of the deepest stack that held a block at the end.
+fn read_report(text: &str, expected_events: u64) -> Result<(ReportFigures, usize)> {
     let report: Value = serde_json::from_str(text).with_context(|| format!("failed to read the report {text:?}"))?;
     let losses: BTreeMap<String, u64> =
         serde_json::from_value(report["losses"].clone()).context("failed to read the report's losses")?;
@@ -170,14 +215,17 @@ fn read_report(text: &str, expected_events: u64) -> Result<ReportFigures> {
         let holds = stack["live_count"].as_u64() > Some(0) && stack["op"] == "malloc";
         stack["frames"].as_array().filter(|_| holds).map_or(0, Vec::len)
     };
-    Ok(ReportFigures {
+    let counter = |name: &str| report["counters"][name].as_u64().unwrap_or(0);
+    let figures = ReportFigures {
         libc: report["processes"][0]["allocators"][0]["family"].as_str().unwrap_or_default().to_owned(),
         events: report["events"].as_u64().context("failed to read the report's number of events")?,
         expected_events,
         lost: losses.values().sum(),
         losses,
-        stack_frames: leaktrace_tests::stacks(&report).map(frames).max().unwrap_or(0),
-    })
+        frames_reused: counter("frames_reused"),
+        frames_unwound: counter("frames_unwound"),
+    };
+    Ok((figures, leaktrace_tests::stacks(&report).map(frames).max().unwrap_or(0)))
 }
 
 /// The run times of all programs that `pid` holds, since they were loaded.
@@ -258,5 +306,25 @@ impl Drop for WithoutRunTimes {
         {
             eprintln!("bench: failed to restore {BPF_STATS}: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The deepest of memleak's stacks counts, with and without names; no stack is none.
+    #[test]
+    fn frames_of_memleak() {
+        let text = "\
+            Attaching to pid 22974, Ctrl+C to quit.\n\
+            [9:50:7] Top 2 stacks with outstanding allocations:\n\
+            210 bytes in 1 allocations from stack\n\
+            \t0 [<000055e12dc7884d>] churn_block+0x1d [/deep]\n\
+            \t1 [<00007f8e66eed1f5>] [/usr/lib/libc.so.6]\n\
+            8 bytes in 1 allocations from stack\n\
+            \t0 [<000055e12dc7884d>] churn_block+0x1d [/deep]\n";
+        assert_eq!(memleak_frames(text), Some(2));
+        assert_eq!(memleak_frames("[9:49:55] Top 0 stacks with outstanding allocations:\n"), None);
     }
 }

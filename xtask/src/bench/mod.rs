@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: what tracing costs, side by side with nothing, with the least that is possible and with a peer.
 //!
-//! Four rows ([`tool`]) on three workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
+//! Seven rows ([`tool`]) on four workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
 //! take turns over several rounds, and what is compared is compared within a round ([`summary`]); [`table`] shows it. Program
-//! times cost time themselves, so throughput is measured without them.
+//! times cost time themselves, so throughput is measured without them. What unwind tables take ([`unwinding`]) and the time
+//! to the first traced allocation ([`first`]) are measured apart.
 
 use std::env;
 use std::fs;
@@ -15,21 +16,24 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use leaktrace_tests::{Program, target_dir};
+use leaktrace_tests::target_dir;
 use nix::sys::signal::{SigHandler, Signal, signal};
 
-use self::measure::{Cell, Plan};
+use self::first::First;
+use self::measure::{Cell, Plan, Targets};
 use self::summary::Summary;
 use self::tool::{Row, Tools};
 use crate::process::{as_root, cargo, check, is_root};
 use crate::run;
 use crate::setup::setup;
 
+mod first;
 mod measure;
 mod peer;
 mod summary;
 mod table;
 mod tool;
+mod unwinding;
 
 /// What is run in the target.
 #[derive(Clone, Copy, Debug)]
@@ -37,10 +41,16 @@ pub struct Workload {
     pub threads: u32,
     /// Of the call stack that an allocation is made from, from malloc's caller to the thread's start.
     pub frames: u32,
+    /// Whether the target was compiled to keep them. Without, memleak does not see the stack.
+    pub frame_pointers: bool,
 }
 
-const WORKLOADS: [Workload; 3] =
-    [Workload { threads: 1, frames: 10 }, Workload { threads: 1, frames: 30 }, Workload { threads: 2, frames: 10 }];
+const WORKLOADS: [Workload; 4] = [
+    Workload { threads: 1, frames: 10, frame_pointers: true },
+    Workload { threads: 1, frames: 30, frame_pointers: true },
+    Workload { threads: 2, frames: 10, frame_pointers: true },
+    Workload { threads: 1, frames: 10, frame_pointers: false },
+];
 
 #[derive(Args)]
 pub struct Options {
@@ -53,7 +63,7 @@ pub struct Options {
     /// Times that the rows take turns
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// One round of a second each: whether it works, and roughly how fast
+    /// One round of half a second each: whether it works, and roughly how fast
     #[arg(long, conflicts_with_all = ["seconds", "rounds"])]
     quick: bool,
     /// The memleak to compare with [default: one in PATH, or the one that this brings]
@@ -67,7 +77,7 @@ pub struct Options {
 impl Options {
     fn plan(&self) -> Plan {
         if self.quick {
-            return Plan { rounds: 1, duration: Duration::from_secs(1) };
+            return Plan { rounds: 1, duration: Duration::from_millis(500) };
         }
         Plan { rounds: self.rounds, duration: Duration::from_secs(u64::from(self.seconds)) }
     }
@@ -105,10 +115,15 @@ pub fn bench(options: &Options) -> Result<ExitCode> {
 fn build() -> Result<()> {
     run::build()?;
     check(
-        cargo().args(["build", "--release", "--quiet", "--package", "leak-user", "--example", "floor"]),
-        "build the empty programs",
+        cargo().args(["build", "--release", "--quiet", "--package", "leak-user"]).args([
+            "--example",
+            "floor",
+            "--example",
+            "unwind_tables",
+        ]),
+        "build the empty programs and the tool for unwind tables",
     )?;
-    Program::c("deep").build().map(drop)
+    Targets::build().map(drop)
 }
 
 /// Everything that cargo does was done as the user; the rest needs BPF.
@@ -153,7 +168,7 @@ fn measure_all(options: &Options) -> Result<(Summary, Option<tempfile::NamedTemp
         eprintln!("bench: memleak is not measured: {why}");
     }
     let tools = Tools { leaktrace: release.join("leaktrace"), floor: release.join("examples/floor"), memleak };
-    let deep = Program::c("deep").build()?;
+    let targets = Targets::build()?;
     let _stats = measure::without_run_times()?;
     let mut cells: Vec<Vec<Cell>> = Vec::new();
     for workload in WORKLOADS {
@@ -169,14 +184,38 @@ fn measure_all(options: &Options) -> Result<(Summary, Option<tempfile::NamedTemp
                 if INTERRUPTED.load(Ordering::Relaxed) {
                     bail!("interrupted");
                 }
-                let cell = measure::cell(&tools, &deep, row, workload, round, plan)
+                let cell = measure::cell(&tools, &targets, row, workload, round, plan)
                     .with_context(|| format!("failed to measure {}: {}", table::title(workload), row.name()))?;
                 of_workload.push(cell);
             }
         }
         cells.push(of_workload);
     }
-    Ok((Summary::new(plan, &WORKLOADS, cells, tools.memleak.err()), json))
+    eprintln!("bench: unwind tables");
+    let tables = unwinding::measure(&release.join("examples/unwind_tables"), plan.rounds)?;
+    let first = measure_first(&tools, &targets, plan)?;
+    let summary = Summary::new(plan, &WORKLOADS, cells, tools.memleak.err()).with(tables, first);
+    Ok((summary, json))
+}
+
+/// The time to the first traced allocation, in each round; a program that is not installed is left out.
+fn measure_first(tools: &Tools, targets: &Targets, plan: Plan) -> Result<Vec<(first::Program, Vec<First>)>> {
+    let mut measured = Vec::new();
+    for program in first::Program::ALL {
+        eprintln!("bench: first traced allocation of {}", program.name());
+        let mut runs = Vec::new();
+        for _ in 0..plan.rounds {
+            if INTERRUPTED.load(Ordering::Relaxed) {
+                bail!("interrupted");
+            }
+            let run = first::measure(tools, &targets.frame_pointers, program);
+            runs.extend(run.with_context(|| format!("failed to measure {}", program.name()))?);
+        }
+        if !runs.is_empty() {
+            measured.push((program, runs));
+        }
+    }
+    Ok(measured)
 }
 
 /// A file beside `path`, to be renamed to it once it is whole.

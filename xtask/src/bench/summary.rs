@@ -5,13 +5,18 @@ use std::fs;
 use serde_json::{Value, json};
 
 use super::Workload;
-use super::measure::{Cell, Plan, TracerFigures};
+use super::first::{self, First};
+use super::measure::{Cell, Plan, ReportFigures, TracerFigures};
 use super::tool::Row;
+use super::unwinding::Tables;
 
 /// All that was measured.
 pub struct Summary {
     plan: Plan,
     pub workloads: Vec<Measured>,
+    pub tables: Vec<Tables>,
+    /// Of each program, each round.
+    pub first: Vec<(first::Program, Vec<First>)>,
     /// Why there is no memleak, if there is none.
     pub memleak_missing: Option<String>,
     pub host: Host,
@@ -79,7 +84,13 @@ impl Summary {
             .flat_map(|measured| &measured.cells)
             .filter_map(|cell| cell.tracer.as_ref()?.report.as_ref());
         let libc = reports.map(|report| report.libc.clone()).next().unwrap_or_default();
-        Self { plan, workloads, memleak_missing, host: Host::this(libc) }
+        Self { plan, workloads, tables: Vec::new(), first: Vec::new(), memleak_missing, host: Host::this(libc) }
+    }
+
+    /// Adds what is measured apart from the workloads.
+    #[must_use]
+    pub fn with(self, tables: Vec<Tables>, first: Vec<(first::Program, Vec<First>)>) -> Self {
+        Self { tables, first, ..self }
     }
 
     pub fn rounds(&self) -> u32 {
@@ -105,8 +116,51 @@ impl Summary {
             "seconds": self.seconds(),
             "memleak_missing": self.memleak_missing,
             "workloads": workloads,
+            "unwind_tables": self.tables.iter().map(|tables| json!({
+                "tables": tables,
+                "kept_of_raw": tables.kept(),
+                "targets": targets_json(tables.targets()),
+            })).collect::<Vec<_>>(),
+            "first_allocation": self.first.iter().map(|(program, runs)| json!({
+                "program": program.name(),
+                "seconds": first_seconds(runs),
+                "rounds": runs,
+                "doubts": first_doubts(runs),
+            })).collect::<Vec<_>>(),
         })
     }
+}
+
+/// The median over the rounds.
+pub fn first_seconds(runs: &[First]) -> Option<f64> {
+    median(runs.iter().map(|run| run.seconds).collect())
+}
+
+/// Where what was slow was not traced, why the time is not to be trusted.
+pub fn first_doubts(runs: &[First]) -> Vec<String> {
+    let doubtful = runs.iter().enumerate().filter(|(_, run)| run.events < run.expected_events);
+    let text = |(round, run): (usize, &First)| {
+        format!("round {}: leaktrace saw {} of {} slow calls", round + 1, run.events, run.expected_events)
+    };
+    doubtful.map(text).collect()
+}
+
+fn targets_json(targets: Vec<Target>) -> Vec<Value> {
+    let json = |target: Target| {
+        let (at_least, at_most) = match target.bound {
+            Some(Bound::AtLeast(bound)) => (Some(bound), None),
+            Some(Bound::AtMost(bound)) => (None, Some(bound)),
+            None => (None, None),
+        };
+        json!({
+            "name": target.name,
+            "value": target.value,
+            "at_least": at_least,
+            "at_most": at_most,
+            "met": target.is_met(),
+        })
+    };
+    targets.into_iter().map(json).collect()
 }
 
 impl Host {
@@ -151,36 +205,55 @@ impl Measured {
         median(self.of(above).filter_map(of_round).collect())
     }
 
+    /// The median of a figure in leaktrace's own report.
+    pub fn report_median(&self, row: Row, figure: impl Fn(&ReportFigures) -> Option<f64>) -> Option<f64> {
+        self.median(row, |cell| figure(cell.tracer.as_ref()?.report.as_ref()?))
+    }
+
     /// Events that leaktrace lost in its worst round.
-    pub fn lost(&self) -> Option<f64> {
-        self.tracer_max(Row::Leaktrace, |tracer| Some(tracer.report.as_ref()?.lost as f64))
+    pub fn lost(&self, row: Row) -> Option<f64> {
+        self.tracer_max(row, |tracer| Some(tracer.report.as_ref()?.lost as f64))
+    }
+
+    /// Frames of the deepest stack that a row shows, in its worst round.
+    pub fn frames(&self, row: Row) -> Option<f64> {
+        let frames = |cell: &Cell| cell.tracer.as_ref()?.stack_frames.map(|frames| frames as f64);
+        self.of(row).filter_map(frames).reduce(f64::min)
     }
 
     /// Where leaktrace's own report does not fit what the target did, why its figures are not to be trusted.
     pub fn doubts(&self) -> Vec<String> {
         let mut doubts = Vec::new();
-        for cell in self.of(Row::Leaktrace) {
-            let Some(report) = cell.tracer.as_ref().and_then(|tracer| tracer.report.as_ref()) else { continue };
+        for cell in self.cells.iter().filter(|cell| cell.row.is_leaktrace()) {
+            let Some(tracer) = &cell.tracer else { continue };
+            let Some(report) = &tracer.report else { continue };
+            let place = format!("round {}, {}", cell.round + 1, cell.row.name());
             let missing = report.expected_events.saturating_sub(report.events + report.lost);
             // The first free of each thread is of a null pointer.
             if missing > u64::from(self.workload.threads) {
                 doubts.push(format!(
-                    "round {}: {} of {} calls are missing from leaktrace's events and not counted as lost",
-                    cell.round + 1,
-                    missing,
-                    report.expected_events
+                    "{place}: {} of {} calls are missing from leaktrace's events and not counted as lost",
+                    missing, report.expected_events
                 ));
             }
-            if report.stack_frames != self.workload.frames as usize {
-                doubts.push(format!(
-                    "round {}: leaktrace's stacks have {} frames instead of {}",
-                    cell.round + 1,
-                    report.stack_frames,
-                    self.workload.frames
-                ));
+            let frames = tracer.stack_frames.unwrap_or(0);
+            if let Some(expected) = self.expected_frames(cell.row)
+                && frames != expected
+            {
+                doubts.push(format!("{place}: stacks have {frames} frames instead of {expected}"));
             }
         }
         doubts
+    }
+
+    /// Frames that leaktrace's stacks must have; `None` where nothing leads through them.
+    fn expected_frames(&self, row: Row) -> Option<usize> {
+        let frames = self.workload.frames as usize;
+        match row {
+            Row::FramePointers => self.workload.frame_pointers.then_some(frames),
+            // The C library's code that makes the system call for a thread is left out of the chain of frame pointers.
+            _ => Some(frames + 1),
+        }
     }
 
     /// The smallest share of the processors it could use that the target got beside a tool that needs none; something else had
@@ -188,7 +261,7 @@ impl Measured {
     pub fn share(&self) -> Option<f64> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let usable = processors.min(self.workload.threads as usize) as f64;
-        let quiet = self.of(Row::Nothing).chain(self.of(Row::Floor));
+        let quiet = self.of(Row::Nothing).chain(self.of(Row::FloorAllocator)).chain(self.of(Row::Floor));
         quiet.map(|cell| cell.target_cpus / usable).reduce(f64::min)
     }
 
@@ -196,38 +269,36 @@ impl Measured {
     pub fn targets(&self) -> Vec<Target> {
         // What one busy thread reaches must be kept up with; how many more do depends on the processors.
         let one_thread = self.workload.threads == 1;
-        let per_pair = if self.workload.frames < 30 { 0.45 } else { 0.35 };
-        let ratio = |name, bound, value| Target { name, kind: TargetKind::Ratio, bound: Some(bound), value };
+        // A memleak that sees two frames is nothing to be held to.
+        let like_memleak = self.workload.frame_pointers;
+        let (by_fp, by_tables) = if self.workload.frames < 30 { (0.45, 0.6) } else { (0.35, 0.5) };
+        let ratio = |name, bound, value| Target { name, kind: TargetKind::Ratio, bound, value };
+        let of_memleak = |name, row, bound| {
+            let bound = like_memleak.then_some(Bound::AtMost(bound));
+            ratio(name, bound, self.ratio(row, Row::Memleak, ns_per_pair))
+        };
+        let of_floor = |name, row: Row, bound| ratio(name, bound, self.ratio(row, row.floor(), throughput));
         vec![
-            ratio("pairs/s, of memleak's", Bound::AtLeast(5.0), self.ratio(Row::Leaktrace, Row::Memleak, throughput)),
+            ratio(
+                "pairs/s, of memleak's",
+                like_memleak.then_some(Bound::AtLeast(5.0)),
+                self.ratio(Row::Leaktrace, Row::Memleak, throughput),
+            ),
             // What another program takes away falls out of these, and so does what the tool takes.
-            Target {
-                name: "pairs/CPU s, of memleak's",
-                kind: TargetKind::Ratio,
-                bound: None,
-                value: self.ratio(Row::Leaktrace, Row::Memleak, pairs_per_cpu_second),
-            },
-            ratio(
-                "pairs/s, of empty programs'",
-                Bound::AtLeast(0.8),
-                self.ratio(Row::Leaktrace, Row::Floor, throughput),
-            ),
-            Target {
-                name: "pairs/CPU s, of empty programs'",
-                kind: TargetKind::Ratio,
-                bound: None,
-                value: self.ratio(Row::Leaktrace, Row::Floor, pairs_per_cpu_second),
-            },
-            ratio(
-                "ns/pair, of memleak's",
-                Bound::AtMost(per_pair),
-                self.ratio(Row::Leaktrace, Row::Memleak, ns_per_pair),
-            ),
+            ratio("pairs/CPU s, of memleak's", None, self.ratio(Row::Leaktrace, Row::Memleak, pairs_per_cpu_second)),
+            of_floor("pairs/s, of empty programs'", Row::Leaktrace, Some(Bound::AtLeast(0.8))),
+            ratio("pairs/CPU s, of empty ones'", None, self.ratio(Row::Leaktrace, Row::Floor, pairs_per_cpu_second)),
+            of_floor("heap only, of empty ones'", Row::HeapOnly, None),
+            ratio("  pairs/CPU s", None, self.ratio(Row::HeapOnly, Row::HeapOnly.floor(), pairs_per_cpu_second)),
+            of_memleak("ns/pair, of memleak's", Row::Leaktrace, by_fp),
+            // The same figure, held to what unwinding without frame pointers may take.
+            of_memleak("  as stacks by tables", Row::Leaktrace, by_tables),
+            of_memleak("  with --unwind fp", Row::FramePointers, by_fp),
             Target {
                 name: "events lost",
                 kind: TargetKind::Count,
                 bound: one_thread.then_some(Bound::AtMost(0.0)),
-                value: self.lost(),
+                value: self.lost(Row::Leaktrace),
             },
             Target {
                 name: "time to detach",
@@ -248,6 +319,7 @@ impl Measured {
                     "pairs_per_s": self.median(row, throughput),
                     "of_nothing": self.ratio(row, Row::Nothing, throughput),
                     "of_floor": self.ratio(row, Row::Floor, throughput),
+                    "of_floor_allocator": self.ratio(row, Row::FloorAllocator, throughput),
                     "of_memleak": self.ratio(row, Row::Memleak, throughput),
                     "target_cpus": self.median(row, |cell| Some(cell.target_cpus)),
                     "ns_per_run": self.tracer_median(row, |tracer| tracer.ns_per_run),
@@ -258,34 +330,19 @@ impl Measured {
                     "peak_rss_bytes": self.tracer_max(row, |tracer| Some(tracer.peak_rss_bytes as f64)),
                     "attach_s": self.tracer_median(row, |tracer| tracer.attach_s),
                     "detach_s": self.tracer_median(row, |tracer| tracer.detach_s),
-                    "lost": if row == Row::Leaktrace { self.lost() } else { None },
+                    "lost": self.lost(row),
+                    "frames": self.frames(row),
+                    "frames_reused": self.report_median(row, ReportFigures::reused),
                     "cells": self.of(row).collect::<Vec<_>>(),
-                })
-            })
-            .collect();
-        let targets: Vec<Value> = self
-            .targets()
-            .into_iter()
-            .map(|target| {
-                let (at_least, at_most) = match target.bound {
-                    Some(Bound::AtLeast(bound)) => (Some(bound), None),
-                    Some(Bound::AtMost(bound)) => (None, Some(bound)),
-                    None => (None, None),
-                };
-                json!({
-                    "name": target.name,
-                    "value": target.value,
-                    "at_least": at_least,
-                    "at_most": at_most,
-                    "met": target.is_met(),
                 })
             })
             .collect();
         json!({
             "threads": self.workload.threads,
             "frames": self.workload.frames,
+            "frame_pointers": self.workload.frame_pointers,
             "rows": rows,
-            "targets": targets,
+            "targets": targets_json(self.targets()),
             "doubts": self.doubts(),
         })
     }
@@ -321,6 +378,8 @@ mod tests {
 
     use super::*;
 
+    const WORKLOAD: Workload = Workload { threads: 1, frames: 10, frame_pointers: true };
+
     fn cell(row: Row, round: u32, pairs_per_s: f64) -> Cell {
         Cell { row, round, pairs_per_s, target_cpus: 1.0, tracer: None }
     }
@@ -344,7 +403,7 @@ mod tests {
             // A round that ended early has no partner.
             cell(Row::Leaktrace, 2, 9999.0),
         ];
-        let measured = Measured { workload: Workload { threads: 1, frames: 10 }, cells };
+        let measured = Measured { workload: WORKLOAD, cells };
         assert_eq!(measured.ratio(Row::Leaktrace, Row::Memleak, throughput), Some(5.0));
         assert_eq!(measured.ratio(Row::Leaktrace, Row::Floor, throughput), None);
     }
@@ -353,11 +412,32 @@ mod tests {
     #[test]
     fn unmeasured_targets_are_unknown() {
         let plan = Plan { rounds: 1, duration: Duration::from_secs(1) };
-        let workload = Workload { threads: 1, frames: 10 };
         let cells = vec![vec![cell(Row::Floor, 0, 400.0), cell(Row::Leaktrace, 0, 300.0)]];
-        let summary = Summary::new(plan, &[workload], cells, Some("not there".to_owned()));
+        let summary = Summary::new(plan, &[WORKLOAD], cells, Some("not there".to_owned()));
         let targets = &summary.to_json()["workloads"][0]["targets"];
         assert_eq!((&targets[0]["value"], &targets[0]["met"]), (&Value::Null, &Value::Null));
         assert_eq!((&targets[2]["value"], &targets[2]["met"]), (&json!(0.75), &json!(false)));
+    }
+
+    /// Leaktrace without mapping calls is held against empty programs without them.
+    #[test]
+    fn heap_only_has_its_own_floor() {
+        let cells = vec![
+            cell(Row::FloorAllocator, 0, 500.0),
+            cell(Row::Floor, 0, 250.0),
+            cell(Row::HeapOnly, 0, 400.0),
+            cell(Row::Leaktrace, 0, 225.0),
+        ];
+        let targets = Measured { workload: WORKLOAD, cells }.targets();
+        let value = |name| targets.iter().find(|target| target.name == name).and_then(|target| target.value);
+        assert_eq!(value("heap only, of empty ones'"), Some(0.8));
+        assert_eq!(value("pairs/s, of empty programs'"), Some(0.9));
+    }
+
+    /// A report with fewer events than slow calls casts doubt on the time, one with more does not.
+    #[test]
+    fn untraced_slow_calls_are_doubtful() {
+        let run = |events| First { seconds: 0.1, usual_ns: 30, slow_ns: 5000, expected_events: 128, events };
+        assert_eq!(first_doubts(&[run(128), run(127), run(5000)]), ["round 2: leaktrace saw 127 of 128 slow calls"]);
     }
 }

@@ -22,19 +22,35 @@ const SETTLED: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Row {
     Nothing,
+    /// Empty programs at the allocator's functions alone.
+    FloorAllocator,
+    /// And where mapping calls are watched.
     Floor,
+    HeapOnly,
     Leaktrace,
+    FramePointers,
     Memleak,
 }
 
 impl Row {
-    pub const ALL: [Self; 4] = [Self::Nothing, Self::Floor, Self::Leaktrace, Self::Memleak];
+    pub const ALL: [Self; 7] = [
+        Self::Nothing,
+        Self::FloorAllocator,
+        Self::Floor,
+        Self::HeapOnly,
+        Self::Leaktrace,
+        Self::FramePointers,
+        Self::Memleak,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Nothing => "nothing attached",
+            Self::FloorAllocator => "empty, allocator only",
             Self::Floor => "empty programs",
+            Self::HeapOnly => "leaktrace, heap only",
             Self::Leaktrace => "leaktrace, exact",
+            Self::FramePointers => "leaktrace, --unwind fp",
             Self::Memleak => "bcc memleak",
         }
     }
@@ -43,10 +59,23 @@ impl Row {
     pub fn key(self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
+            Self::FloorAllocator => "floor_allocator",
             Self::Floor => "floor",
+            Self::HeapOnly => "leaktrace_heap",
             Self::Leaktrace => "leaktrace",
+            Self::FramePointers => "leaktrace_fp",
             Self::Memleak => "memleak",
         }
+    }
+
+    /// Those that leaktrace reports of.
+    pub fn is_leaktrace(self) -> bool {
+        matches!(self, Self::HeapOnly | Self::Leaktrace | Self::FramePointers)
+    }
+
+    /// The empty programs at the same places.
+    pub fn floor(self) -> Self {
+        if self == Self::HeapOnly { Self::FloorAllocator } else { Self::Floor }
     }
 }
 
@@ -63,25 +92,41 @@ impl Tools {
         row != Row::Memleak || self.memleak.is_ok()
     }
 
-    /// Attaches to `pid`; `None` for nothing.
+    /// Attaches to `pid` and waits until all breakpoints are set; `None` for nothing.
     pub fn attach(&self, row: Row, pid: u32) -> Result<Option<Tracer>> {
+        let Some(mut tracer) = self.start(row, pid)? else { return Ok(None) };
+        tracer.wait_attached()?;
+        Ok(Some(tracer))
+    }
+
+    /// Starts a tool on `pid` without waiting for it; `None` for nothing.
+    pub fn start(&self, row: Row, pid: u32) -> Result<Option<Tracer>> {
         let pid_text = pid.to_string();
         let mut command;
         match row {
             Row::Nothing => return Ok(None),
-            Row::Floor => {
+            Row::FloorAllocator | Row::Floor => {
                 command = Command::new(&self.floor);
                 command.arg(&pid_text);
+                if row == Row::FloorAllocator {
+                    command.arg("allocator");
+                }
             }
-            Row::Leaktrace => {
+            Row::HeapOnly | Row::Leaktrace | Row::FramePointers => {
                 command = Command::new(&self.leaktrace);
                 command.args(["--sample", "exact", "--format", "json", "-p", &pid_text]);
+                match row {
+                    Row::HeapOnly => command.args(["--resource", "heap"]),
+                    Row::FramePointers => command.args(["--unwind", "fp"]),
+                    _ => &mut command,
+                };
             }
             Row::Memleak => {
                 let memleak = self.memleak.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
                 command = Command::new(memleak);
-                // Its default interval, which is leaktrace's too.
-                command.args(["-p", &pid_text, "5"]);
+                // Its default interval, which is leaktrace's too. By default it does not print what is younger than half a second,
+                // and so not the block that each thread holds at the end.
+                command.args(["-p", &pid_text, "--older", "1", "5"]);
             }
         }
         Tracer::start(command, pid).map(Some)
@@ -96,6 +141,7 @@ pub struct Tracer {
     output: File,
     errors: File,
     target: u32,
+    started: Instant,
     /// Breakpoints that it has set in the target.
     pub breakpoints: usize,
     /// From its start to the last breakpoint.
@@ -119,19 +165,17 @@ impl Tracer {
             // However this program ends, nothing stays attached.
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
         }
-        let start = Instant::now();
+        let started = Instant::now();
         let mut child =
             command.spawn().with_context(|| format!("failed to start {}", command.get_program().display()))?;
         let stdin = child.stdin.take();
-        let mut tracer = Self { child, _stdin: stdin, output, errors, target, breakpoints: 0, attach: Duration::ZERO };
-        tracer.wait_attached(start)?;
-        Ok(tracer)
+        Ok(Self { child, _stdin: stdin, output, errors, target, started, breakpoints: 0, attach: Duration::ZERO })
     }
 
-    fn wait_attached(&mut self, start: Instant) -> Result<()> {
+    fn wait_attached(&mut self) -> Result<()> {
         loop {
             let found = host::breakpoints(self.target)?;
-            let now = start.elapsed();
+            let now = self.started.elapsed();
             if found != self.breakpoints {
                 (self.breakpoints, self.attach) = (found, now);
             }
