@@ -14,8 +14,9 @@ use crate::view::safe;
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 /// The perf event source of uprobes: there exactly when the kernel has them (`CONFIG_UPROBE_EVENTS`).
 const UPROBES: &str = "/sys/bus/event_source/devices/uprobe/type";
-/// Oldest kernel: `BPF_MAP_TYPE_RINGBUF` is 5.8, running raw tracepoint programs on demand 5.10, `bpf_loop` 5.17.
-const OLDEST: (u32, u32) = (5, 17);
+/// Oldest kernel: `BPF_MAP_TYPE_RINGBUF` is 5.8; running raw tracepoint programs on demand, and programs that have both functions
+/// and tail calls, 5.10.
+const OLDEST: (u32, u32) = (5, 10);
 
 /// Bits of the effective capability set (include/uapi/linux/capability.h).
 const CAPABILITIES: [(&str, u32); 4] =
@@ -257,7 +258,7 @@ fn privileges(facts: &Facts) -> Check {
 }
 
 fn kernel(facts: &Facts) -> Check {
-    let remedy = "use Linux 5.17 or newer";
+    let remedy = "use Linux 5.10 or newer";
     match facts.kernel {
         Some((major, minor)) if (major, minor) < OLDEST => {
             Check::new("kernel", Status::Missing, format!("{major}.{minor} lacks what the programs use"), remedy)

@@ -10,7 +10,9 @@ mod hold;
 mod ranges;
 mod sys;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,7 +20,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData};
 use aya::programs::RawTracePoint;
-use aya::programs::raw_trace_point::RawTracePointLink;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
 use btf::Btf;
@@ -26,6 +27,7 @@ use close::close_all;
 pub use floor::Floor;
 use leak_common::op;
 use leak_common::unwind::Range;
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use ranges::{Ranges, Rows};
 use sys::Hook;
 pub(crate) use sys::lookup_and_delete;
@@ -61,6 +63,25 @@ const KERNEL_RING: u32 = 16 << 20;
 /// What happens to processes.
 const PROCESS_PROGRAMS: [(&str, &str); 2] =
     [("process_exec", "sched_process_exec"), ("process_exit", "sched_process_exit")];
+
+/// The object as it is loaded: without our own ring its map is made as small as can be, because kernels that lack what the ring
+/// rests on also refuse values of more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
+fn object(own_ring: bool) -> Result<Cow<'static, [u8]>> {
+    if own_ring {
+        return Ok(Cow::Borrowed(OBJECT));
+    }
+    let file = object::File::parse(OBJECT).context("failed to parse the BPF object")?;
+    let ring = file.symbol_by_name("RING").context("the BPF object lacks the map RING")?;
+    let section = ring.section_index().context("the map RING is in no section")?;
+    let section = file.section_by_index(section)?;
+    let (start, _) = section.file_range().context("the section of maps is empty")?;
+    // struct bpf_map_def: type, size of keys, size of values, ...
+    let at = usize::try_from(start + ring.address() - section.address())? + 8;
+    let mut bytes = OBJECT.to_vec();
+    let value_size = bytes.get_mut(at..at + 4).context("the BPF object is cut off")?;
+    value_size.copy_from_slice(&8_u32.to_ne_bytes());
+    Ok(Cow::Owned(bytes))
+}
 
 /// The entry program of a shape of function, where each has its own.
 fn entry_program(shape: u8) -> &'static str {
@@ -154,8 +175,7 @@ pub struct Programs {
     rows: Rows,
     ranges: Ranges,
     clock: ClockSync,
-    tracepoint_links: Vec<RawTracePointLink>,
-    tracing_links: Vec<OwnedFd>,
+    system_links: Vec<OwnedFd>,
     mapping_hook: MappingHook,
     own_ring: bool,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
@@ -229,6 +249,7 @@ impl Programs {
         let tables = u64::from(settings.tables);
         let own_ring = sys::has_fetch_add() && !settings.old_kernel;
         let has_loop = sys::has_loop() && !settings.old_kernel;
+        let bytes = object(own_ring)?;
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
@@ -238,9 +259,9 @@ impl Programs {
             // The one that is not used takes as little as there can be.
             .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
             .map_max_entries("ROWS", if settings.tables { settings.rows.max(1) } else { 1 })
-            .load(OBJECT)
+            .load(&bytes)
             .context("failed to load the BPF maps")?;
-        let objects = Objects::parse(&ebpf, own_ring, has_loop)?;
+        let objects = Objects::parse(&bytes, &ebpf, own_ring, has_loop)?;
         let uprobes = load_uprobes(&objects, kind)?;
         let walkers = if has_loop { Vec::new() } else { load_walkers(&objects, &ebpf, kind)? };
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
@@ -255,13 +276,12 @@ impl Programs {
             rows,
             ranges,
             clock,
-            tracepoint_links: Vec::new(),
-            tracing_links: Vec::new(),
+            system_links: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
             _walkers: walkers,
         };
-        programs.attach_tracepoints(&PROCESS_PROGRAMS)?;
+        programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
         if settings.mappings {
             // Only programs at raw tracepoints can be followed by one of their type.
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
@@ -282,7 +302,7 @@ impl Programs {
             }
             match btf.context("the kernel has no type information").and_then(|btf| attach(objects, btf)) {
                 Ok(links) => {
-                    self.tracing_links = links;
+                    self.system_links.extend(links);
                     self.mapping_hook = hook;
                     return Ok(());
                 }
@@ -290,20 +310,14 @@ impl Programs {
             }
         }
         self.mapping_hook = MappingHook::Tracepoints;
-        self.attach_tracepoints(&MAPPING_TRACEPOINTS)
+        self.attach_tracepoints(objects, &MAPPING_TRACEPOINTS)
     }
 
-    fn attach_tracepoints(&mut self, programs: &[(&str, &str)]) -> Result<()> {
+    fn attach_tracepoints(&mut self, objects: &Objects, programs: &[(&str, &str)]) -> Result<()> {
         for (name, tracepoint) in programs {
-            let program: &mut RawTracePoint = self
-                .ebpf
-                .program_mut(name)
-                .ok_or_else(|| anyhow!("the BPF object lacks the program {name}"))?
-                .try_into()?;
-            program.load().with_context(|| format!("failed to load the BPF program {name}"))?;
-            let link = program.attach(tracepoint);
-            let link = link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
-            self.tracepoint_links.push(program.take_link(link)?);
+            let program = objects.load(name, Hook::RawTracepoint)?;
+            let link = sys::link_raw_tracepoint(program.as_fd(), &CString::new(*tracepoint)?);
+            self.system_links.push(link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?);
         }
         Ok(())
     }
@@ -328,8 +342,7 @@ impl Programs {
 
     /// Detaches from the system's tracepoints and functions.
     pub fn detach_system(&mut self) {
-        self.tracepoint_links.clear();
-        close_all(std::mem::take(&mut self.tracing_links));
+        close_all(std::mem::take(&mut self.system_links));
     }
 
     /// How uprobes are attached.
@@ -550,8 +563,8 @@ struct Objects {
 }
 
 impl Objects {
-    fn parse(ebpf: &Ebpf, own_ring: bool, has_loop: bool) -> Result<Self> {
-        let mut object = Object::parse(OBJECT).context("failed to parse the BPF object")?;
+    fn parse(bytes: &[u8], ebpf: &Ebpf, own_ring: bool, has_loop: bool) -> Result<Self> {
+        let mut object = Object::parse(bytes).context("failed to parse the BPF object")?;
         let btf = match aya::features().btf() {
             Some(features) => {
                 object.fixup_and_sanitize_btf(features)?.map(|btf| sys::load_btf(&btf.to_bytes())).transpose()
