@@ -22,6 +22,9 @@ use crate::thread::{Ids, Thread, current, ids, new};
 const WITH_RETURN: u32 = 0;
 const NO_RETURN: u32 = 1;
 
+/// No shape of function.
+const NOT_KNOWN: u64 = u64::MAX;
+
 /// The recorded call's function where its size is filtered out.
 const NOT_FOLLOWED: u64 = 0;
 
@@ -264,35 +267,40 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
     keep_own_stack();
     let ctx = ProbeContext::new(ctx);
     let ids = ids();
-    let Some(thread) = current(ids) else {
-        // A thread's first call, which is an entry: a return without an entry is nothing to us.
-        return if is_return(&ctx) { 0 } else { enter_shape(&ctx, None, ids, shape(&ctx)) };
-    };
     let frame = frame(&ctx);
-    // The three hot cases are recognised without asking the kernel. A return stands at the recorded caller, with the
-    // recorded sp; an entry at a breakpoint that was met before.
-    if frame.pc == thread.caller && frame.sp == thread.sp.wrapping_add(regs::RETURN_POPS) {
-        return leave(thread, ids, frame);
+    let mut thread = current(ids);
+    // Hot cases are recognised without asking the kernel. A return stands at the recorded caller, with the recorded sp; an
+    // entry at a breakpoint that was met before. Whatever it is, there is one place below from which an allocation is
+    // entered: the verifier follows each such place through the whole walk of the stack.
+    let mut known = NOT_KNOWN;
+    if let Some(thread) = &mut thread {
+        if frame.pc == thread.caller && frame.sp == thread.sp.wrapping_add(regs::RETURN_POPS) {
+            return leave(thread, ids, frame);
+        }
+        if frame.pc == thread.free_pc {
+            free(Some(thread), ids, frame, argument(&ctx, 0));
+            return NO_RETURN;
+        }
+        if frame.pc == thread.alloc_pc {
+            known = thread.alloc_shape;
+        }
     }
-    if frame.pc == thread.free_pc {
-        free(Some(thread), ids, frame, argument(&ctx, 0));
-        return NO_RETURN;
+    if known == NOT_KNOWN {
+        if is_return(&ctx) {
+            // Without an entry before it, it is nothing to us.
+            return thread.map_or(0, |thread| leave(thread, ids, frame));
+        }
+        known = u64::from(shape(&ctx));
+        if let Some(thread) = &mut thread {
+            if known == u64::from(op::FREE) {
+                thread.free_pc = frame.pc;
+            } else {
+                thread.alloc_pc = frame.pc;
+                thread.alloc_shape = known;
+            }
+        }
     }
-    if frame.pc == thread.alloc_pc {
-        let shape = thread.alloc_shape as u8;
-        return enter_shape(&ctx, Some(thread), ids, shape);
-    }
-    if is_return(&ctx) {
-        return leave(thread, ids, frame);
-    }
-    let shape = shape(&ctx);
-    if shape == op::FREE {
-        thread.free_pc = frame.pc;
-    } else {
-        thread.alloc_pc = frame.pc;
-        thread.alloc_shape = u64::from(shape);
-    }
-    enter_shape(&ctx, Some(thread), ids, shape)
+    enter_shape(&ctx, thread, ids, known as u8)
 }
 
 /// The entries of every function, on one link with cookies (6.6).

@@ -243,6 +243,8 @@ impl Programs {
             offsets[0] = 0;
         }
         let mut loader = EbpfLoader::new();
+        // Nothing is relocated against the kernel's types, and aya would parse all of them first: 100 ms.
+        loader.btf(None);
         for (name, value) in RETURN_PROBE_SETTINGS.into_iter().zip(&offsets) {
             loader.override_global(name, value, true);
         }
