@@ -15,6 +15,7 @@ use leaktrace_tests::{host, target_dir};
 use crate::process::{capture, cargo, check, exit_code, find_in_path, is_root, root};
 use crate::run::build;
 use crate::setup::setup;
+use crate::vm;
 
 /// What leak-ebpf is built with, on top of what its target says.
 const BPF_TARGET: &str = "bpfel-unknown-none";
@@ -135,7 +136,19 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
     }
     let status = tests.status().context("failed to start cargo test")?;
     report_skipped(&skipped);
-    Ok(exit_code(status))
+    if !status.success() || !filters.is_empty() {
+        return Ok(exit_code(status));
+    }
+    match vm::possible() {
+        Ok(()) => {
+            eprintln!("\ntest: the oldest and the newest kernel, emulated");
+            vm::ends()
+        }
+        Err(why) => {
+            eprintln!("\ntest: no other kernels are tried: {why:#}");
+            Ok(ExitCode::SUCCESS)
+        }
+    }
 }
 
 /// Installs the system programs that tests want, where that takes no question: as root, with apt. Elsewhere, and where

@@ -34,7 +34,7 @@ fn is_mapping_call(number: u64) -> bool {
 fn typed_sys_enter(ctx: BtfTracePointContext) -> u32 {
     let number: u64 = ctx.arg(1);
     if is_mapping_call(number) {
-        enter(ctx.as_ptr(), number, ctx.arg(0));
+        enter(ctx.as_ptr(), number, ctx.arg(0), For::TypedSystemCall);
     }
     0
 }
@@ -53,7 +53,7 @@ fn typed_sys_exit(ctx: BtfTracePointContext) -> u32 {
 fn sys_enter(ctx: RawTracePointContext) -> u32 {
     let number: u64 = ctx.arg(1);
     if is_mapping_call(number) {
-        enter(ctx.as_ptr(), number, ctx.arg(0));
+        enter(ctx.as_ptr(), number, ctx.arg(0), For::SystemCall);
     }
     0
 }
@@ -76,7 +76,7 @@ macro_rules! system_call {
     ($enter:ident, $leave:ident, $number:expr) => {
         #[fentry]
         fn $enter(ctx: FEntryContext) -> u32 {
-            enter(ctx.as_ptr(), $number, ctx.arg(0));
+            enter(ctx.as_ptr(), $number, ctx.arg(0), For::TypedSystemCall);
             0
         }
 
@@ -95,7 +95,7 @@ system_call!(enter_brk, leave_brk, nr::BRK);
 
 /// A mapping call of any process begins; `registers` is the address of the user's.
 #[inline(always)]
-fn enter(ctx: *mut c_void, number: u64, registers: u64) {
+fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
     let ids = ids();
     if !is_target(ids.tgid) {
         return;
@@ -136,7 +136,7 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64) {
     }
     // An allocator's own mapping is not the program's; the break is followed wherever it is moved.
     if number != nr::MUNMAP && !in_allocator {
-        stack::take(ctx, thread, regs::frame(&user), For::SystemCall, op::MAPPING);
+        stack::take(ctx, thread, regs::frame(&user), what, op::MAPPING);
     }
 }
 

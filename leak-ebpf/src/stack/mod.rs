@@ -29,8 +29,12 @@ pub enum For {
     /// The allocator call in flight. The innermost address is the one that the function returns to: the frame is that
     /// of its first instructions.
     Call,
-    /// The system call in flight. The innermost address is the pc.
+    /// The system call in flight, seen at the plain tracepoint. The innermost address is the pc.
     SystemCall,
+    /// The same, seen at a kernel function or a typed tracepoint. Programs there are of as many types as there are functions, and a
+    /// map of programs takes those of one type only: mentioning it would keep all but the first from loading. User space
+    /// attaches them only where there is `bpf_loop`.
+    TypedSystemCall,
 }
 
 /// Takes the stack of `thread` from `frame`. Its hash goes to the call in flight; user space has been sent the stack, or will
@@ -103,7 +107,11 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
 /// Goes on with the walk in a program of its own. Returns only if the kernel refuses.
 #[inline(always)]
 fn follow_on(ctx: *mut c_void, what: For) {
-    let programs = if what == For::Call { &raw const WALK_UPROBE } else { &raw const WALK_TRACEPOINT };
+    let programs = match what {
+        For::Call => &raw const WALK_UPROBE,
+        For::SystemCall => &raw const WALK_TRACEPOINT,
+        For::TypedSystemCall => return,
+    };
     // SAFETY: the context of this program, and a map of programs of its type.
     unsafe {
         bpf_tail_call(ctx, programs.cast_mut().cast::<c_void>(), 0);

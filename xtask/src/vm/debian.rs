@@ -25,13 +25,7 @@ pub struct Suite {
 impl Suite {
     /// Keeps what it needs under `cache`. Nothing is downloaded before something is asked for.
     pub fn new(cache: &Path, suite: &str, arch: Arch) -> Result<Self> {
-        for program in ["apt-get", "apt-cache", "dpkg-deb"] {
-            if find_in_path(program).is_none() {
-                bail!(
-                    "failed to find {program}: emulator and kernels are Debian's packages (on Debian: apt-get install apt dpkg)"
-                );
-            }
-        }
+        possible()?;
         let folder = cache.join("apt").join(format!("{suite}-{}", arch.debian()));
         for part in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(folder.join(part)).with_context(|| format!("failed to create {}", folder.display()))?;
@@ -182,14 +176,24 @@ impl Suite {
     }
 }
 
+/// Why Debian's packages cannot be had here, if they cannot.
+pub fn possible() -> Result<()> {
+    for program in ["apt-get", "apt-cache", "dpkg-deb"] {
+        if find_in_path(program).is_none() {
+            bail!("failed to find {program}: emulator and kernels are Debian's packages");
+        }
+    }
+    if !Path::new(KEYS).is_file() {
+        bail!("failed to find Debian's keys, {KEYS} (package debian-archive-keyring)");
+    }
+    site().map(drop)
+}
+
 /// The server that this host's own apt takes Debian from.
 fn site() -> Result<String> {
     let targets =
         capture(Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]))?;
     let site = targets.lines().find(|uri| uri.trim_end_matches('/').ends_with("/debian"));
-    if !Path::new(KEYS).is_file() {
-        bail!("failed to find Debian's keys, {KEYS} (package debian-archive-keyring)");
-    }
     site.map(str::to_owned)
         .context("failed to find a Debian server: apt's sources name none whose path ends with /debian")
 }

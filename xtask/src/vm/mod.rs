@@ -28,6 +28,9 @@ mod kernels;
 mod machine;
 mod table;
 
+/// Seconds; four times what a kernel takes where nothing else is going on.
+const LIMIT: u64 = 480;
+
 #[derive(Args)]
 pub struct Options {
     /// Only this kernel, such as 6.1; can be given more than once [default: all that are supported]
@@ -40,11 +43,21 @@ pub struct Options {
     #[arg(long, conflicts_with_all = ["kernel", "arch"])]
     ends: bool,
     /// How many seconds a kernel may take
-    #[arg(long, value_name = "SECONDS", default_value = "420")]
+    #[arg(long, value_name = "SECONDS", default_value_t = LIMIT)]
     limit: u64,
     /// Only tests whose names contain one of these
     #[arg(last = true)]
     filters: Vec<String>,
+}
+
+/// The oldest and the newest kernel, every test: what is checked before a change lands.
+pub fn ends() -> Result<ExitCode> {
+    vm(&Options { kernel: Vec::new(), arch: Vec::new(), ends: true, limit: LIMIT, filters: Vec::new() })
+}
+
+/// Why no kernel can be booted here, if none can.
+pub fn possible() -> Result<()> {
+    debian::possible()
 }
 
 /// Boots the chosen kernels one after the other; fails if a test does on any of them.
