@@ -50,11 +50,6 @@ pub struct Options {
     filters: Vec<String>,
 }
 
-/// The oldest and the newest kernel, every test: what is checked before a change lands.
-pub fn ends() -> Result<ExitCode> {
-    vm(&Options { kernel: Vec::new(), arch: Vec::new(), ends: true, limit: LIMIT, filters: Vec::new() })
-}
-
 /// Why no kernel can be booted here, if none can.
 pub fn possible() -> Result<()> {
     debian::possible()
