@@ -41,6 +41,10 @@ pub struct Thread {
     pub alloc_shape: u64,
     pub free_pc: u64,
     pub walk: Walk,
+    /// Keeps the last words of this slot and the first of the next out of one cache line (of one pair of lines: they are
+    /// fetched in pairs), as threads are often in neighbouring slots. An alignment would not do: an array map's values begin
+    /// where its header ends.
+    pub apart: [u64; 16],
 }
 
 /// A mapping system call between its entry and its exit.
