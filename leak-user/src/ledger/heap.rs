@@ -172,13 +172,16 @@ impl Heap {
 
     /// Takes every block that was born by `until` out of the verdicts, those in the hands of realloc too.
     pub fn distrust(&mut self, cx: &Context<'_>, stacks: &mut Stacks, until: Tick) {
-        let mut distrust = |block: &mut Block| {
+        let mut distrust = |block: &Block, stack: &mut u32| {
             if block.birth <= until {
-                stacks.distrust(&mut block.stack, cx.now, block.birth, block.size);
+                stacks.distrust(stack, cx.now, block.birth, block.size);
             }
         };
-        self.blocks.for_each_mut(&mut distrust);
-        self.pending.values_mut().for_each(|pending| distrust(&mut pending.block));
+        self.blocks.for_each_stack(&mut distrust);
+        for Pending { block, .. } in self.pending.values_mut() {
+            let before = *block;
+            distrust(&before, &mut block.stack);
+        }
     }
 
     /// Counts what threads have in the hands of realloc as freed: in a forked child those threads are not there.
@@ -196,6 +199,11 @@ impl Heap {
     #[inline]
     pub fn prefetch(&self, addr: u64) {
         self.blocks.prefetch(addr);
+    }
+
+    #[inline]
+    pub fn prefetch_rest(&self, addr: u64) {
+        self.blocks.prefetch_rest(addr);
     }
 
     /// Bytes that the table of blocks occupies.

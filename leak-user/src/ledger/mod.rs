@@ -154,8 +154,17 @@ fn time_of(what: &What<'_>) -> Option<u64> {
     }
 }
 
-/// How many events' cache lines are asked for before the first of them is applied: enough to keep the memory busy, few
-/// enough not to be displaced again.
+/// The address of the block that an event looks up, if it is one of those that come often.
+#[inline]
+fn block_of(event: &Event<'_>) -> Option<u64> {
+    match event.what {
+        What::Alloc { addr, .. } | What::Free { addr, .. } | What::ReallocBegin { addr, .. } => Some(addr),
+        _ => None,
+    }
+}
+
+/// How many events' cache lines are asked for at once: enough to keep the memory busy, few enough not to be displaced
+/// again before they are used.
 const BATCH: usize = 32;
 
 impl Ledger {
@@ -328,38 +337,68 @@ impl Ledger {
         }
     }
 
+    /// Asks for the memory that applying these events will read first.
+    ///
+    /// In a loop of its own: where the translation of the address is not at hand either, Zen 4 was seen to hold a prefetch
+    /// back until it is. Between other work that is a wait for each; in a loop as small as this many go on at once.
+    #[inline]
+    fn prefetch(&mut self, events: &[Event<'_>]) {
+        for event in events {
+            if let Some(addr) = block_of(event)
+                && let Some(place) = self.place(event.tgid)
+            {
+                self.processes[place].heap.prefetch(addr);
+            }
+        }
+    }
+
+    /// Applies a batch that [`Self::prefetch`] was called for earlier.
+    #[inline]
+    fn apply_prefetched(&mut self, events: &[Event<'_>]) {
+        for event in events {
+            if let Some(addr) = block_of(event)
+                && let Some(place) = self.place(event.tgid)
+            {
+                self.processes[place].heap.prefetch_rest(addr);
+            }
+        }
+        for event in events {
+            self.apply(event);
+        }
+    }
+
     /// Applies events in their order, asking for the memory of many before it is needed: the same as [`Self::apply`] for
-    /// each, and where the table of blocks is larger than the caches, about twice as fast (measured with ten million live blocks).
+    /// each, and faster where the table of blocks is larger than the caches. What a batch reads is asked for while the one
+    /// before it is applied.
     pub fn apply_batch(&mut self, events: &[Event<'_>]) {
-        for batch in events.chunks(BATCH) {
-            for event in batch {
-                if let What::Alloc { addr, .. } | What::Free { addr, .. } | What::ReallocBegin { addr, .. } = event.what
-                    && let Some(place) = self.place(event.tgid)
-                {
-                    self.processes[place].heap.prefetch(addr);
-                }
-            }
-            for event in batch {
-                self.apply(event);
-            }
+        let mut batches = events.chunks(BATCH).peekable();
+        self.prefetch(batches.peek().copied().unwrap_or_default());
+        while let Some(batch) = batches.next() {
+            self.prefetch(batches.peek().copied().unwrap_or_default());
+            self.apply_prefetched(batch);
         }
     }
 
     /// Decodes raw records and applies them, as [`Self::apply_batch`] does. Returns how many could not be decoded.
     pub fn apply_records<'a>(&mut self, records: impl IntoIterator<Item = &'a [u8]>) -> u64 {
         let mut undecodable = 0;
-        let mut batch = Vec::with_capacity(BATCH);
+        // What waits for its memory, and what is decoded meanwhile.
+        let (mut ready, mut batch) = (Vec::new(), Vec::with_capacity(BATCH));
         for record in records {
             match decode(record) {
                 Ok(event) => batch.push(event),
                 Err(_) => undecodable += 1,
             }
             if batch.len() == BATCH {
-                self.apply_batch(&batch);
+                self.prefetch(&batch);
+                self.apply_prefetched(&ready);
+                std::mem::swap(&mut ready, &mut batch);
                 batch.clear();
             }
         }
-        self.apply_batch(&batch);
+        self.prefetch(&batch);
+        self.apply_prefetched(&ready);
+        self.apply_prefetched(&batch);
         undecodable
     }
 

@@ -1,16 +1,23 @@
 //! A hash table from address to [`Block`], made for tens of millions of short-lived entries: at most 48 bytes for each,
-//! slack included, at every moment; no long pause when it grows; and one cache miss, which can be prefetched, a look-up.
+//! slack included, at every moment; no long pause when it grows; and one cache line, which can be prefetched, for nearly
+//! every look-up, insertion and removal.
 //!
-//! An entry is 24 bytes. It holds the *mixed* address, a bijection of the address, so the hash is the key and is never
-//! computed again. Entries are split by the mixed address's top bits into [`SEGMENTS`] segments that grow and shrink one
-//! by one. Within a segment the home of a key is monotone in the key and entries are kept in order (linear probing with
-//! ordered insertion; Amble and Knuth, "Ordered hash tables", 1974), which gives three things: a look-up that fails ends
-//! as soon as one that succeeds, deletion shifts back and leaves no tombstones, and growing copies from front to back.
+//! A cache line is a [`Bucket`] of three entries. It holds the *mixed* address, a bijection of the address, so the hash is
+//! the key and is never computed again. An entry that finds its bucket full goes to the next that is not, and every bucket
+//! that it passes counts it, in one of eight counters that its key chooses: a search ends at the first bucket that no such
+//! key passed, which is nearly always the first. So a removal only empties its place (and takes itself out of the
+//! counts), where open addressing would shift what follows or leave tombstones. Random memory is what a large table
+//! spends its time on: a line that was asked for in time costs some ten nanoseconds, one that was not a hundred.
 //!
-//! Loads: a segment grows by 7/5 when it is 4/5 full (then it is 57 % full, 42 bytes a block) and is made smaller when it
-//! is less than 13/25 full (46 bytes a block); while one is copied there are two of it, which is 1/64 of the table more.
-//! So `capacity_bytes() <= 48 * len() + 32 KiB`, always. What an address means is left to [`super::heap`].
+//! Entries are split by the mixed address's top bits into [`SEGMENTS`] segments that grow and shrink one by one. The
+//! bucket of a key is monotone in the key, so that growing copies from front to back.
+//!
+//! Loads: a segment grows by 4/3 when there are two entries a bucket (32 bytes a block) and is made smaller when there are
+//! less than 1.4 (46 bytes a block); while one is copied there are two of it, which is 1/64 of the table more. So
+//! `capacity_bytes() <= 48 * len() + 32 KiB`, always, but for blocks of 4 GiB and more, whose sizes are kept aside: an
+//! address space has room for at most 32 thousand of them. What an address means is left to [`super::heap`].
 
+use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -28,40 +35,101 @@ pub(super) struct Block {
     pub birth: u32,
 }
 
-/// A place of the table. A zeroed one is empty.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Slot {
-    /// The mixed address; zero is the mixed address zero, which no block has.
-    key: u64,
-    size: u64,
+/// What a bucket has of a block.
+#[derive(Clone, Copy)]
+struct Entry {
+    /// [`LARGE`] for sizes from there on, which are kept aside.
+    size: u32,
     stack: u32,
     birth: u32,
 }
-const _: () = assert!(size_of::<Slot>() == 24);
 
-impl Slot {
-    fn new(key: u64, block: Block) -> Self {
-        Self { key, size: block.size, stack: block.stack, birth: block.birth }
+const LARGE: u32 = u32::MAX;
+
+/// Entries in a bucket.
+const WAYS: usize = 3;
+
+/// From here on a counter of [`Bucket::passed`] no longer counts: it stays so until the segment is copied, and searches go
+/// on where they need not.
+const MANY: u32 = 15;
+
+/// A cache line of the table. A zeroed one is empty.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Bucket {
+    /// The mixed addresses; zero is the mixed address zero, which no block has, and stands for none.
+    keys: [u64; WAYS],
+    sizes: [u32; WAYS],
+    stacks: [u32; WAYS],
+    births: [u32; WAYS],
+    /// How many entries found this bucket full and are in a later one: eight counters of four bits, each for an eighth of
+    /// the keys.
+    passed: u32,
+}
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+impl Bucket {
+    /// Where a key is. Zero finds an empty place.
+    #[inline]
+    fn way_of(&self, key: u64) -> Option<usize> {
+        // All are compared: which one it is cannot be predicted.
+        let found = self.keys.iter().enumerate().fold(0_u32, |found, (way, it)| found | u32::from(*it == key) << way);
+        (found != 0).then(|| (found.trailing_zeros() as usize).min(WAYS - 1))
     }
 
-    fn block(self) -> Block {
-        Block { size: self.size, stack: self.stack, birth: self.birth }
+    /// Where in `passed` a key is counted.
+    #[inline]
+    fn shift(key: u64) -> u32 {
+        (key & 7) as u32 * 4
+    }
+
+    /// Whether `key` may be in a later bucket.
+    #[inline]
+    fn is_passed_by(&self, key: u64) -> bool {
+        (self.passed >> Self::shift(key)) & MANY != 0
+    }
+
+    /// `key` goes to a later bucket.
+    #[inline]
+    fn pass(&mut self, key: u64) {
+        if (self.passed >> Self::shift(key)) & MANY < MANY {
+            self.passed += 1 << Self::shift(key);
+        }
+    }
+
+    /// `key`, which is in a later bucket, leaves it.
+    #[inline]
+    fn unpass(&mut self, key: u64) {
+        if (self.passed >> Self::shift(key)) & MANY < MANY {
+            self.passed -= 1 << Self::shift(key);
+        }
+    }
+
+    #[inline]
+    fn entry(&self, way: usize) -> Entry {
+        Entry { size: self.sizes[way], stack: self.stacks[way], birth: self.births[way] }
+    }
+
+    #[inline]
+    fn set(&mut self, way: usize, key: u64, entry: Entry) {
+        self.keys[way] = key;
+        self.sizes[way] = entry.size;
+        self.stacks[way] = entry.stack;
+        self.births[way] = entry.birth;
     }
 }
 
 const SEGMENT_BITS: u32 = 6;
 /// How many parts grow on their own: the more, the shorter the pause and the less memory while one is copied.
 const SEGMENTS: usize = 1 << SEGMENT_BITS;
-const SMALLEST: usize = 8;
 
 /// From this many bytes on a segment has pages of its own, huge ones where the kernel gives them, which go back to the
 /// kernel when it is dropped; an allocator would keep them for a segment of just that size.
 const OWN_PAGES: usize = 256 << 10;
 
-/// Zeroed slots.
-struct Slots {
-    start: NonNull<Slot>,
+/// Zeroed buckets.
+struct Buckets {
+    start: NonNull<Bucket>,
     length: usize,
     owner: Owner,
 }
@@ -71,61 +139,61 @@ enum Owner {
     Pages(#[expect(dead_code, reason = "held for its Drop")] MmapMut),
 }
 
-// SAFETY: the slots are plain data that only this value points to.
-unsafe impl Send for Slots {}
+// SAFETY: the buckets are plain data that only this value points to.
+unsafe impl Send for Buckets {}
 // SAFETY: as above; a shared reference gives only shared access.
-unsafe impl Sync for Slots {}
+unsafe impl Sync for Buckets {}
 
-impl Slots {
+impl Buckets {
     fn zeroed(length: usize) -> Self {
-        let bytes = length * size_of::<Slot>();
+        let bytes = length * size_of::<Bucket>();
         if bytes >= OWN_PAGES
             && let Ok(mut pages) = MmapMut::map_anon(bytes)
         {
             // A kernel without huge pages says no, and nothing is lost.
             let _ = pages.advise(Advice::HugePage);
-            #[expect(clippy::cast_ptr_alignment, reason = "a page's alignment is any slot's")]
-            let start = pages.as_mut_ptr().cast::<Slot>();
+            #[expect(clippy::cast_ptr_alignment, reason = "a page's alignment is any bucket's")]
+            let start = pages.as_mut_ptr().cast::<Bucket>();
             if let Some(start) = NonNull::new(start) {
                 return Self { start, length, owner: Owner::Pages(pages) };
             }
         }
-        let slots = vec![Slot::default(); length].into_boxed_slice();
-        let start = NonNull::from(Box::leak(slots)).cast::<Slot>();
+        let buckets = vec![Bucket::default(); length].into_boxed_slice();
+        let start = NonNull::from(Box::leak(buckets)).cast::<Bucket>();
         Self { start, length, owner: Owner::Heap }
     }
 }
 
-impl Drop for Slots {
+impl Drop for Buckets {
     fn drop(&mut self) {
         if matches!(self.owner, Owner::Heap) {
-            let slots = NonNull::slice_from_raw_parts(self.start, self.length);
+            let buckets = NonNull::slice_from_raw_parts(self.start, self.length);
             // SAFETY: `zeroed` leaked exactly this box, and this is the only place that takes it back.
-            drop(unsafe { Box::from_raw(slots.as_ptr()) });
+            drop(unsafe { Box::from_raw(buckets.as_ptr()) });
         }
     }
 }
 
-impl Deref for Slots {
-    type Target = [Slot];
+impl Deref for Buckets {
+    type Target = [Bucket];
 
     #[inline]
-    fn deref(&self) -> &[Slot] {
-        // SAFETY: `start` points to `length` slots that live as long as `owner`, aligned for Slot (a box of them, or
-        // whole pages), initialised (any bytes are a Slot), and borrowed as `self` is.
+    fn deref(&self) -> &[Bucket] {
+        // SAFETY: `start` points to `length` buckets that live as long as `owner`, aligned for Bucket (a box of them, or
+        // whole pages), initialised (any bytes are a Bucket), and borrowed as `self` is.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 }
 
-impl DerefMut for Slots {
+impl DerefMut for Buckets {
     #[inline]
-    fn deref_mut(&mut self) -> &mut [Slot] {
+    fn deref_mut(&mut self) -> &mut [Bucket] {
         // SAFETY: as in `deref`; `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
     }
 }
 
-impl Clone for Slots {
+impl Clone for Buckets {
     fn clone(&self) -> Self {
         let mut copy = Self::zeroed(self.length);
         copy.copy_from_slice(self);
@@ -133,106 +201,116 @@ impl Clone for Slots {
     }
 }
 
-/// One part of the table. Its slots are `homes` and a tail for what the last homes push on; the last slot stays empty.
+/// One part of the table.
 #[derive(Clone)]
 struct Segment {
-    slots: Slots,
-    homes: usize,
+    buckets: Buckets,
     used: usize,
 }
 
 impl Segment {
-    fn new(homes: usize) -> Self {
-        let tail = if homes == 0 { 0 } else { (homes / 16 + 4).min(32) };
-        Self { slots: Slots::zeroed(homes + tail), homes, used: 0 }
+    fn new(buckets: usize) -> Self {
+        Self { buckets: Buckets::zeroed(buckets), used: 0 }
     }
 
-    /// Where the search for a key begins; falls as keys rise, because a search passes the keys that are greater.
+    /// The bucket where the search for a key begins; rises as keys rise.
     #[inline]
     fn home(&self, key: u64) -> usize {
-        ((u128::from(!(key << SEGMENT_BITS)) * self.homes as u128) >> 64) as usize
+        ((u128::from(key << SEGMENT_BITS) * self.buckets.len() as u128) >> 64) as usize
     }
 
-    /// Where `key` is, or would be inserted.
+    /// The bucket after this one.
     #[inline]
-    fn place(&self, key: u64) -> usize {
+    fn next(&self, at: usize) -> usize {
+        if at + 1 == self.buckets.len() { 0 } else { at + 1 }
+    }
+
+    /// The bucket that `key` is in, and where there.
+    #[inline]
+    fn find(&self, key: u64) -> Option<(usize, usize)> {
         let mut at = self.home(key);
-        while self.slots.get(at).is_some_and(|slot| slot.key > key) {
-            at += 1;
+        // Once around at most: after removals there may be no bucket left that nothing passed.
+        for _ in 0..self.buckets.len() {
+            let bucket = &self.buckets[at];
+            if let Some(way) = bucket.way_of(key) {
+                return Some((at, way));
+            }
+            if !bucket.is_passed_by(key) {
+                break;
+            }
+            at = self.next(at);
         }
-        at
+        None
     }
 
     #[inline]
-    fn find(&self, key: u64) -> Option<usize> {
-        let at = self.place(key);
-        self.slots.get(at).is_some_and(|slot| slot.key == key).then_some(at)
+    fn insert(&mut self, key: u64, entry: Entry) -> Option<Entry> {
+        if let Some((at, way)) = self.find(key) {
+            let old = self.buckets[at].entry(way);
+            self.buckets[at].set(way, key, entry);
+            return Some(old);
+        }
+        if self.used >= 2 * self.buckets.len() {
+            self.resize(self.buckets.len() * 4 / 3 + 1);
+        }
+        self.place(key, entry);
+        None
     }
 
-    fn insert(&mut self, new: Slot) -> Option<Block> {
+    /// Puts in what is not there. There must be room.
+    #[inline]
+    fn place(&mut self, key: u64, entry: Entry) {
+        let mut at = self.home(key);
         loop {
-            let at = self.place(new.key);
-            if let Some(slot) = self.slots.get_mut(at)
-                && slot.key == new.key
-            {
-                return Some(std::mem::replace(slot, new).block());
+            let bucket = &mut self.buckets[at];
+            if let Some(way) = bucket.way_of(0) {
+                bucket.set(way, key, entry);
+                break;
             }
-            if (self.used + 1) * 5 <= self.homes * 4 {
-                let empty = self.slots[at..].iter().position(|slot| slot.key == 0).map_or(usize::MAX, |n| at + n);
-                if empty + 1 < self.slots.len() {
-                    self.slots.copy_within(at..empty, at + 1);
-                    self.slots[at] = new;
-                    self.used += 1;
-                    return None;
-                }
-            }
-            self.resize(self.homes * 7 / 5);
+            bucket.pass(key);
+            at = self.next(at);
         }
+        self.used += 1;
     }
 
-    fn remove(&mut self, at: usize) -> Block {
-        let block = self.slots[at].block();
-        // All that follow and are not at home move up by one.
-        let mut end = at + 1;
-        while self.slots[end].key != 0 && self.home(self.slots[end].key) < end {
-            end += 1;
+    #[inline]
+    fn remove(&mut self, key: u64) -> Option<Entry> {
+        let entry = self.take_out(key)?;
+        if self.used * 5 < self.buckets.len() * 7 {
+            // To 1.7 a bucket, well away from either limit.
+            self.resize(self.used * 10 / 17 + usize::from(self.used > 0));
         }
-        self.slots.copy_within(at + 1..end, at);
-        self.slots[end - 1] = Slot::default();
+        Some(entry)
+    }
+
+    #[inline]
+    fn take_out(&mut self, key: u64) -> Option<Entry> {
+        let (at, way) = self.find(key)?;
+        let entry = self.buckets[at].entry(way);
+        self.buckets[at].keys[way] = 0;
+        let mut passed = self.home(key);
+        while passed != at {
+            self.buckets[passed].unpass(key);
+            passed = self.next(passed);
+        }
         self.used -= 1;
-        if self.homes > SMALLEST && self.used * 25 < self.homes * 13 {
-            // To 13/20 full: a fifth away from either limit.
-            self.resize(self.used * 20 / 13);
-        }
-        block
+        Some(entry)
     }
 
-    /// Copies everything into a segment of about `homes` homes. In order, so both sides are walked from front to back.
+    /// Copies everything into so many buckets. In order, so both sides are walked from front to back.
     #[cold]
     #[inline(never)]
-    fn resize(&mut self, homes: usize) {
-        let mut homes = homes.max(SMALLEST);
-        loop {
-            let mut larger = Self::new(homes);
-            let mut next = 0;
-            let fits = self.slots.iter().filter(|slot| slot.key != 0).all(|slot| {
-                next = larger.home(slot.key).max(next);
-                // Not into the last slot, which ends every walk.
-                let fits = next + 1 < larger.slots.len();
-                if fits {
-                    larger.slots[next] = *slot;
-                    next += 1;
-                }
-                fits
-            });
-            if fits {
-                larger.used = self.used;
-                *self = larger;
-                return;
-            }
-            // The last homes are crowded: as rare as a hash that sends a dozen keys to one home.
-            homes += homes / 8 + 1;
+    fn resize(&mut self, buckets: usize) {
+        if buckets == self.buckets.len() {
+            return;
         }
+        let mut other = Self::new(buckets);
+        for bucket in self.buckets.iter() {
+            for way in (0..WAYS).filter(|way| bucket.keys[*way] != 0) {
+                other.place(bucket.keys[way], bucket.entry(way));
+            }
+        }
+        *self = other;
     }
 }
 
@@ -243,12 +321,14 @@ pub(super) struct BlockTable {
     len: usize,
     /// Odd; so that a traced program cannot choose addresses that collide.
     seed: u64,
+    /// Sizes from [`LARGE`] on, by mixed address.
+    large: HashMap<u64, u64>,
 }
 
 impl BlockTable {
     pub fn new() -> Self {
         let seed = std::hash::RandomState::new().hash_one(0) | 1;
-        Self { segments: (0..SEGMENTS).map(|_| Segment::new(0)).collect(), len: 0, seed }
+        Self { segments: (0..SEGMENTS).map(|_| Segment::new(0)).collect(), len: 0, seed, large: HashMap::new() }
     }
 
     /// A bijection whose top bits depend on every bit of the address, and that keeps zero.
@@ -270,12 +350,34 @@ impl BlockTable {
         self.len
     }
 
+    /// The block that an entry stands for.
+    #[inline]
+    fn block(&self, key: u64, Entry { size, stack, birth }: Entry) -> Block {
+        let size = if size == LARGE { self.large.get(&key).copied().unwrap_or_default() } else { u64::from(size) };
+        Block { size, stack, birth }
+    }
+
+    /// The block that an entry stood for, which is no longer in the table.
+    #[inline]
+    fn take(&mut self, key: u64, entry: Entry) -> Block {
+        let block = self.block(key, entry);
+        if entry.size == LARGE {
+            self.large.remove(&key);
+        }
+        block
+    }
+
     /// Inserts a block and gives back the one that was there. The address must not be zero.
     #[inline]
-    pub fn insert(&mut self, addr: u64, block: Block) -> Option<Block> {
+    pub fn insert(&mut self, addr: u64, Block { size, stack, birth }: Block) -> Option<Block> {
         debug_assert_ne!(addr, 0, "zero is no block's address");
         let key = self.mix(addr);
-        let old = self.segments[Self::segment_of(key)].insert(Slot::new(key, block));
+        let small = u32::try_from(size).unwrap_or(LARGE);
+        let old = self.segments[Self::segment_of(key)].insert(key, Entry { size: small, stack, birth });
+        let old = old.map(|old| self.take(key, old));
+        if small == LARGE {
+            self.large.insert(key, size);
+        }
         self.len += usize::from(old.is_none());
         old
     }
@@ -287,7 +389,7 @@ impl BlockTable {
         }
         let key = self.mix(addr);
         let segment = &self.segments[Self::segment_of(key)];
-        segment.find(key).map(|at| segment.slots[at].block())
+        segment.find(key).map(|(at, way)| self.block(key, segment.buckets[at].entry(way)))
     }
 
     #[inline]
@@ -296,42 +398,55 @@ impl BlockTable {
             return None;
         }
         let key = self.mix(addr);
-        let segment = &mut self.segments[Self::segment_of(key)];
-        let at = segment.find(key)?;
+        let entry = self.segments[Self::segment_of(key)].remove(key)?;
         self.len -= 1;
-        Some(segment.remove(at))
+        Some(self.take(key, entry))
     }
 
-    /// Lets `change` rewrite every block, in no particular order.
-    pub fn for_each_mut(&mut self, mut change: impl FnMut(&mut Block)) {
-        for slot in self.segments.iter_mut().flat_map(|segment| segment.slots.iter_mut()).filter(|slot| slot.key != 0) {
-            let mut block = slot.block();
-            change(&mut block);
-            *slot = Slot::new(slot.key, block);
+    /// Lets `change` give every block another stack, in no particular order.
+    pub fn for_each_stack(&mut self, mut change: impl FnMut(&Block, &mut u32)) {
+        for segment in 0..SEGMENTS {
+            for at in 0..self.segments[segment].buckets.len() {
+                let bucket = self.segments[segment].buckets[at];
+                for way in (0..WAYS).filter(|way| bucket.keys[*way] != 0) {
+                    let block = self.block(bucket.keys[way], bucket.entry(way));
+                    change(&block, &mut self.segments[segment].buckets[at].stacks[way]);
+                }
+            }
         }
     }
 
-    /// Asks the processor for the cache lines that a look-up of `addr` reads first. Changes nothing.
+    /// Asks the processor for the cache line that a look-up of `addr` reads first. Changes nothing.
     #[inline]
     pub fn prefetch(&self, addr: u64) {
         let key = self.mix(addr);
         let segment = &self.segments[Self::segment_of(key)];
-        let home = segment.slots.as_ptr().wrapping_add(segment.home(key));
-        prefetch(home);
-        // The search passes about two slots, and what follows is read to shift it.
-        prefetch(home.wrapping_add(3));
+        prefetch(segment.buckets.as_ptr().wrapping_add(segment.home(key)));
+    }
+
+    /// To be called when what [`Self::prefetch`] asked for has come: asks for the next cache line too, if a look-up of
+    /// `addr` goes on there. (Where an insertion may go on was not worth asking.)
+    #[inline]
+    pub fn prefetch_rest(&self, addr: u64) {
+        let key = self.mix(addr);
+        let segment = &self.segments[Self::segment_of(key)];
+        let home = segment.home(key);
+        if let Some(bucket) = segment.buckets.get(home) {
+            // Without a branch, which would be a hard one to predict; to ask for what is here already costs nothing.
+            prefetch(segment.buckets.as_ptr().wrapping_add(home + usize::from(bucket.is_passed_by(key))));
+        }
     }
 
     /// Bytes that the table occupies, used or not.
     pub fn capacity_bytes(&self) -> usize {
-        let slots: usize = self.segments.iter().map(|segment| segment.slots.len()).sum();
-        slots * size_of::<Slot>() + size_of_val(&*self.segments)
+        let buckets: usize = self.segments.iter().map(|segment| segment.buckets.len()).sum();
+        buckets * size_of::<Bucket>() + size_of_val(&*self.segments) + self.large.capacity() * size_of::<(u64, u64)>()
     }
 
     /// Bytes of the largest segment: as much more is in use for the moment in which one is copied.
     #[cfg(test)]
     fn largest_segment_bytes(&self) -> usize {
-        self.segments.iter().map(|segment| segment.slots.len()).max().unwrap_or(0) * size_of::<Slot>()
+        self.segments.iter().map(|segment| segment.buckets.len()).max().unwrap_or(0) * size_of::<Bucket>()
     }
 }
 
@@ -359,11 +474,17 @@ mod tests {
     use super::*;
 
     fn block(n: u64) -> Block {
-        Block { size: n, stack: n as u32 & 0xff, birth: 0 }
+        Block { size: n, stack: n as u32 & 0xff, birth: n as u32 >> 8 }
+    }
+
+    /// Some are so large that their sizes are kept aside.
+    fn block_of_any_size(n: u64) -> Block {
+        let size = if n.is_multiple_of(7) { u64::from(LARGE) - 1 + n % 3 } else { n };
+        Block { size, ..block(n) }
     }
 
     fn bound(table: &BlockTable) -> usize {
-        48 * table.len() + (32 << 10)
+        48 * table.len() + (32 << 10) + table.large.capacity() * size_of::<(u64, u64)>()
     }
 
     /// Each live block costs at most 48 bytes at every moment while a million of them come and go again, the copy that
@@ -414,7 +535,8 @@ mod tests {
                 let insert = if (step / 40_000) % 2 == 0 { 0.7 } else { 0.3 };
                 let addr = rng.random_range(1..30_000_u64) * stride;
                 if rng.random_bool(insert) {
-                    assert_eq!(table.insert(addr, block(step)), model.insert(addr, block(step)));
+                    let block = block_of_any_size(step);
+                    assert_eq!(table.insert(addr, block), model.insert(addr, block));
                 } else {
                     assert_eq!(table.get(addr), model.get(&addr).copied());
                     assert_eq!(table.remove(addr), model.remove(&addr));
@@ -422,11 +544,40 @@ mod tests {
                 assert_eq!(table.len(), model.len());
             }
             assert!(table.capacity_bytes() <= bound(&table));
+            let large = model.values().filter(|block| block.size >= u64::from(LARGE)).count();
+            assert_eq!(table.large.len(), large, "sizes are kept aside as long as their blocks live");
             let (mut bytes, copy) = (0, table.clone());
-            table.for_each_mut(|block| bytes += block.size);
+            table.for_each_stack(|block, stack| {
+                bytes += block.size;
+                *stack += 1000;
+            });
             assert_eq!(bytes, model.values().map(|block| block.size).sum::<u64>());
             assert!(model.iter().all(|(addr, block)| copy.get(*addr) == Some(*block)), "a copy has the same blocks");
+            let changed = |block: &Block| Block { stack: block.stack + 1000, ..*block };
+            assert!(model.iter().all(|(addr, block)| table.get(*addr) == Some(changed(block))));
         }
+    }
+
+    /// Counters that are full stay so: nothing is lost when many more keys of one class pass a bucket than they can count,
+    /// and then leave.
+    #[test]
+    fn counters_that_are_full_stay_so() {
+        let mut segment = Segment { buckets: Buckets::zeroed(100), used: 0 };
+        // All at home in the first bucket and in one class.
+        let key = |n: u64| 8 * n + 1;
+        let entry = |n: u64| Entry { size: n as u32, stack: 0, birth: 0 };
+        let keys = 100;
+        for n in 0..keys {
+            assert!(segment.insert(key(n), entry(n)).is_none());
+        }
+        assert!(segment.find(key(keys)).is_none());
+        for n in 0..keys - 1 {
+            assert_eq!(segment.find(key(keys - 1)).map(|(at, way)| segment.buckets[at].sizes[way]), Some(99));
+            assert_eq!(segment.take_out(key(n)).map(|entry| entry.size), Some(n as u32));
+        }
+        assert!(segment.buckets[0].is_passed_by(key(0)), "it no longer knows how many there were");
+        assert_eq!(segment.remove(key(keys - 1)).map(|entry| entry.size), Some(99));
+        assert_eq!((segment.used, segment.buckets.len()), (0, 0));
     }
 
     proptest! {
@@ -437,6 +588,7 @@ mod tests {
             for addr in &addrs {
                 prop_assert_eq!(table.insert(*addr, block(*addr)), None);
                 table.prefetch(*addr);
+                table.prefetch_rest(*addr);
             }
             prop_assert_eq!(table.get(other).is_some(), addrs.contains(&other));
             for addr in &addrs {

@@ -1,5 +1,7 @@
 //! What each call, and each kind of loss, means: one case a test. The rules together are tested in [`super::model`].
 
+use leak_common::kind;
+
 use super::history::Window;
 use super::*;
 use crate::decode::{Frames, StackEnd};
@@ -565,6 +567,34 @@ fn batches_change_nothing() {
     (0..5).for_each(|id| assert_eq!(single.live(id), batched.live(id)));
     assert_eq!(single.ledger.counters(), batched.ledger.counters());
     assert_eq!(single.ledger.counters().unknown_process, 1000);
+}
+
+/// Records do what their events do one by one, wherever batches end and whatever cannot be decoded between them.
+#[test]
+fn records_are_applied_in_order() {
+    let record = |n: u64| {
+        let (addr, time) = (16 + n * 7 % 8 * 16, 50 * SECOND + n * MS);
+        let (kind, numbers) = match n % 5 {
+            0..3 => (kind::ALLOC, vec![addr, n, n % 5, time]),
+            3 => (kind::FREE, vec![addr, time]),
+            _ => (u8::MAX, vec![]),
+        };
+        let head = [kind, 0, 0, 0].into_iter().chain(P.to_ne_bytes());
+        head.chain(numbers.into_iter().flat_map(u64::to_ne_bytes)).collect::<Vec<u8>>()
+    };
+    for count in [0, 1, 31, 39, 40, 41, 79, 80, 81, 120, 1000] {
+        let (mut single, mut batched) = (Case::new(), Case::new());
+        let records: Vec<Vec<u8>> = (0..count).map(record).collect();
+        let events: Vec<Event<'_>> = records.iter().filter_map(|record| decode(record).ok()).collect();
+        for event in &events {
+            single.ledger.apply(event);
+        }
+        let undecodable = batched.ledger.apply_records(records.iter().map(|record| &record[..]));
+        assert_eq!(undecodable, count / 5);
+        (0..5).for_each(|id| assert_eq!(single.live(id), batched.live(id), "{count} records"));
+        assert_eq!(single.ledger.counters(), batched.ledger.counters(), "{count} records");
+        assert!(count < 8 || single.ledger.counters().replaced > 0, "the order of events shows");
+    }
 }
 
 /// Sizes beyond any address space do not overflow.
