@@ -132,6 +132,19 @@ static INSTANCE_RETURN_OFFSET: u64 = 0;
 #[unsafe(no_mangle)]
 static INSTANCE_NEXT_OFFSET: u64 = 0;
 
+/// Where in `task_struct` the ids of a task's process and thread are; zero: not known.
+#[unsafe(no_mangle)]
+static TASK_TGID_OFFSET: u64 = 0;
+#[unsafe(no_mangle)]
+static TASK_PID_OFFSET: u64 = 0;
+
+/// Offsets of the ids of process and thread in `task_struct`, in this order, if they are known.
+#[inline(always)]
+pub fn task_offsets() -> Option<(u64, u64)> {
+    let (tgid, pid) = (setting!(TASK_TGID_OFFSET), setting!(TASK_PID_OFFSET));
+    (tgid != 0 && pid != 0).then_some((tgid, pid))
+}
+
 /// The offsets of the structures that hold pending return probes; `task` is zero if they are not known.
 pub struct ReturnOffsets {
     pub task: u64,

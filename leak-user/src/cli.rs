@@ -76,6 +76,10 @@ pub struct TraceFlags {
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 
+    /// Trace the processes that these start too, and what those start
+    #[arg(long, help_heading = "What is followed")]
+    pub children: bool,
+
     /// How long to trace [default: until the processes end, or Ctrl-C]
     #[arg(short, long, value_name = "TIME", allow_hyphen_values = true, help_heading = "How long")]
     pub duration: Option<String>,

@@ -53,6 +53,8 @@ pub struct Config {
     pub allocators: Vec<PathBuf>,
     pub resources: Resources,
     pub fail_on_leak: bool,
+    /// Trace the children of traced processes too.
+    pub children: bool,
     /// Features of the kernel that are not used.
     pub without: Vec<Feature>,
     /// How often `-v` was given.
@@ -174,6 +176,7 @@ impl Config {
                 mmap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Mmap),
             },
             fail_on_leak: flags.fail_on_leak,
+            children: flags.children,
             without: flags.without,
             verbosity: flags.verbose,
             record,
@@ -357,6 +360,7 @@ mod tests {
                 allocators: Vec::new(),
                 resources: Resources { heap: true, mmap: true },
                 fail_on_leak: false,
+                children: false,
                 without: Vec::new(),
                 verbosity: 0,
                 record: None,

@@ -43,6 +43,23 @@ pub struct Report {
     pub command: Option<Command>,
     /// Worst first, see [`Report::sort`].
     pub processes: Vec<Process>,
+    /// Traced processes that have ended and are not listed one by one, summed by executable.
+    #[serde(default)]
+    pub ended_processes: Vec<EndedProcesses>,
+}
+
+/// Traced processes of one executable that have ended.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EndedProcesses {
+    /// Its path, or where that is not known its name; empty: many executables together.
+    pub exe: String,
+    pub count: u64,
+    /// How many of them leaked.
+    pub leaking: u64,
+    /// Bytes that they had allocated and not freed when they ended.
+    pub live_bytes_at_end: u64,
+    /// Of the one that was largest.
+    pub largest_rss_bytes: u64,
 }
 
 /// What wrote the report.
@@ -338,6 +355,7 @@ impl Report {
             counters: BTreeMap::new(),
             command: None,
             processes: Vec::new(),
+            ended_processes: Vec::new(),
         }
     }
 

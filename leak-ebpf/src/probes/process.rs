@@ -1,5 +1,6 @@
 //! What happens to traced processes and their threads, from the scheduler's tracepoints.
 
+use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
@@ -7,7 +8,7 @@ use aya_log_ebpf::debug;
 use leak_common::{Process, counter, kind};
 
 use crate::emit::{emit, header};
-use crate::maps::{CLOCK, is_target, now, raise_generation};
+use crate::maps::{CLOCK, is_target, now, raise_generation, task_offsets};
 use crate::thread::{forget, ids};
 use crate::unwind;
 
@@ -26,6 +27,29 @@ fn process_exec(ctx: RawTracePointContext) -> u32 {
     raise_generation();
     debug!(&ctx, "exec in process {}", ids.tgid);
     let process = Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
+    emit(process, counter::RING_FULL_OTHER);
+    0
+}
+
+/// A process or a thread is started. Only loaded where children are followed.
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+fn process_fork(ctx: RawTracePointContext) -> u32 {
+    let ids = ids();
+    if !is_target(ids.tgid) {
+        return 0;
+    }
+    let Some((tgid_offset, pid_offset)) = task_offsets() else { return 0 };
+    let child: u64 = ctx.arg(1);
+    let read = |offset: u64| {
+        // SAFETY: reading kernel memory that is not there is an error result.
+        unsafe { bpf_probe_read_kernel((child + offset) as *const u32) }
+    };
+    let (Ok(tgid), Ok(pid)) = (read(tgid_offset), read(pid_offset)) else { return 0 };
+    if tgid != pid {
+        // A thread.
+        return 0;
+    }
+    let process = Process { header: header(kind::FORK, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: tgid };
     emit(process, counter::RING_FULL_OTHER);
     0
 }

@@ -64,6 +64,9 @@ const KERNEL_RING: u32 = 16 << 20;
 const PROCESS_PROGRAMS: [(&str, &str); 2] =
     [("process_exec", "sched_process_exec"), ("process_exit", "sched_process_exit")];
 
+/// The start of processes, which only matters where children are followed.
+const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")];
+
 /// The object as it is loaded: without our own ring its map is made as small as can be, because kernels that lack what the ring
 /// rests on also refuse values of more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
 fn object(own_ring: bool) -> Result<Cow<'static, [u8]>> {
@@ -97,6 +100,7 @@ fn entry_program(shape: u8) -> &'static str {
 }
 
 /// What is fixed when the programs are loaded.
+#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Allocations below this many bytes are not followed.
@@ -115,6 +119,8 @@ pub struct Settings {
     pub rows: u32,
     /// Watches mapping calls by this means instead of the best one.
     pub mapping_hook: Option<MappingHook>,
+    /// Whether the start of children is told.
+    pub forks: bool,
 }
 
 impl Default for Settings {
@@ -128,6 +134,7 @@ impl Default for Settings {
             tables: true,
             rows: 2 << 20,
             mapping_hook: None,
+            forks: false,
         }
     }
 }
@@ -242,10 +249,14 @@ impl Programs {
         if !known {
             offsets[0] = 0;
         }
+        let task_offsets = TASK_MEMBERS.map(|member| offset("task_struct", member));
         let mut loader = EbpfLoader::new();
         // Nothing is relocated against the kernel's types, and aya would parse all of them first: 100 ms.
         loader.btf(None);
         for (name, value) in RETURN_PROBE_SETTINGS.into_iter().zip(&offsets) {
+            loader.override_global(name, value, true);
+        }
+        for (name, value) in TASK_SETTINGS.into_iter().zip(&task_offsets) {
             loader.override_global(name, value, true);
         }
         let tables = u64::from(settings.tables);
@@ -284,6 +295,9 @@ impl Programs {
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
+        if settings.forks {
+            programs.attach_tracepoints(&objects, &FORK_PROGRAM)?;
+        }
         if settings.mappings {
             // Only programs at raw tracepoints can be followed by one of their type.
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
@@ -521,12 +535,18 @@ const RETURN_PROBE_MEMBERS: [(&str, &str); 5] = [
 const RETURN_PROBE_SETTINGS: [&str; 5] =
     ["UTASK_OFFSET", "INSTANCES_OFFSET", "INSTANCE_STACK_OFFSET", "INSTANCE_RETURN_OFFSET", "INSTANCE_NEXT_OFFSET"];
 
+/// Members of `task_struct` that name a new process, and the settings that take their offsets.
+const TASK_MEMBERS: [&str; 2] = ["tgid", "pid"];
+const TASK_SETTINGS: [&str; 2] = ["TASK_TGID_OFFSET", "TASK_PID_OFFSET"];
+
 /// What the running kernel's type information says of what we need; without it, there are fallbacks.
 fn kernel_types() -> Option<Btf> {
     let functions = MAPPING_FUNCTIONS.map(|(_, _, call)| format!("{SYSCALL_PREFIX}{call}"));
     let names: Vec<&str> =
         functions.iter().map(String::as_str).chain(["btf_trace_sys_enter", "btf_trace_sys_exit"]).collect();
-    Btf::of_this_kernel(&names, &RETURN_PROBE_MEMBERS).inspect_err(|error| log::info!("{error}")).ok()
+    let members: Vec<_> =
+        RETURN_PROBE_MEMBERS.into_iter().chain(TASK_MEMBERS.map(|member| ("task_struct", member))).collect();
+    Btf::of_this_kernel(&names, &members).inspect_err(|error| log::info!("{error}")).ok()
 }
 
 /// Attaches to the kernel's functions for the mapping calls: to all of them or none.

@@ -92,6 +92,7 @@ fn report(process: Process) -> Report {
         losses: BTreeMap::new(),
         command: None,
         processes: vec![process],
+        ended_processes: Vec::new(),
     }
 }
 

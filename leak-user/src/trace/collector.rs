@@ -2,7 +2,7 @@
 //! tells the tracer of the few that ask for something to be done. It never waits for anybody: while a report is being
 //! made, the ring is still emptied.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::BufWriter;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::decode::{Event, StackEnd, What, decode};
 use crate::ledger::Ledger;
 use crate::losses::{Losses, MissedFree, monotonic_now};
+use crate::process::ProcessId;
 use crate::recording::{self, Entry};
 use crate::ring::Ring;
 
@@ -41,6 +42,8 @@ pub enum Notice {
     MapExec { tgid: u32 },
     /// The first thread of a process ended; others may go on.
     LeaderExit { tgid: u32 },
+    /// A process forked, and its child's ledger has begun as a copy of its own.
+    Fork { parent: u32, child: ProcessId },
 }
 
 /// What did not come through the ring.
@@ -66,6 +69,8 @@ pub struct Core {
     pub notices_dropped: u64,
     /// How often the kernel removed probes from a process by itself.
     pub probes_dropped: u64,
+    /// Processes whose children are traced too; those become such themselves.
+    followed: HashSet<u32>,
     ring: Ring,
     recording: Option<recording::Writer<BufWriter<File>>>,
     /// Why the recording ended early.
@@ -93,6 +98,7 @@ impl Core {
             undecodable: 0,
             notices_dropped: 0,
             probes_dropped: 0,
+            followed: HashSet::new(),
             ring,
             recording,
             recording_error: None,
@@ -109,6 +115,17 @@ impl Core {
     pub fn tell(&mut self, entry: Entry<'_>) {
         record(&mut self.recording, &mut self.recording_error, entry);
         recording::apply(&mut self.ledger, entry);
+    }
+
+    /// From now on the children of this process are traced too: each one's ledger begins as a copy of its parent's.
+    pub fn follow_children(&mut self, tgid: u32) {
+        self.followed.insert(tgid);
+    }
+
+    /// Forgets a process that is no longer traced.
+    pub fn forget(&mut self, tgid: u32) {
+        self.followed.remove(&tgid);
+        self.tell(Entry::RemoveProcess { tgid });
     }
 
     /// The kernel removed probes by itself, and they stand again: what was freed meanwhile nobody knows.
@@ -179,7 +196,9 @@ impl Core {
     }
 
     fn drain(&mut self, end: u64) {
-        let Self { ring, ledger, recording, recording_error, notices, undecodable, notices_dropped, .. } = self;
+        let Self { ring, ledger, recording, recording_error, notices, undecodable, notices_dropped, followed, .. } =
+            self;
+        let mut tell = |notice: Notice| *notices_dropped += u64::from(notices.try_send(notice).is_err());
         self.records += ring.drain(end, |batch| {
             let mut decoded: Vec<Event<'_>> = Vec::with_capacity(batch.len());
             for bytes in batch {
@@ -188,12 +207,25 @@ impl Core {
                     *undecodable += 1;
                     continue;
                 };
-                if let Some(notice) = notice(&event)
-                    && notices.try_send(notice).is_err()
-                {
-                    *notices_dropped += 1;
+                if let Some(notice) = notice(&event) {
+                    tell(notice);
                 }
                 decoded.push(event);
+                if let What::Fork { child, time, .. } = event.what
+                    && followed.contains(&event.tgid)
+                    // It may have ended already.
+                    && let Ok(id) = ProcessId::current(child)
+                {
+                    // Before anything else that its parent does, in the order of the ring.
+                    ledger.apply_batch(&decoded);
+                    decoded.clear();
+                    followed.insert(child);
+                    let (parent, start_time) = (event.tgid, id.start_time);
+                    let entry = Entry::ForkProcess { parent, child, start_time, time };
+                    record(recording, recording_error, entry);
+                    recording::apply(ledger, entry);
+                    tell(Notice::Fork { parent, child: id });
+                }
             }
             ledger.apply_batch(&decoded);
         });

@@ -6,6 +6,7 @@
 
 mod code;
 mod collector;
+mod follow;
 mod host;
 mod summary;
 mod target;
@@ -25,6 +26,7 @@ use tokio::time::MissedTickBehavior;
 
 use self::code::Code;
 use self::collector::{Collector, Notice};
+use self::follow::EndedChildren;
 use self::summary::{Moment, Snapshot};
 use self::target::{Followed, Target};
 use crate::attach::{MappingHook, Programs, Settings, UprobeKind};
@@ -114,6 +116,7 @@ struct Run<'a> {
     collector: Collector,
     notices: mpsc::Receiver<Notice>,
     targets: Vec<Target>,
+    ended_children: EndedChildren,
     symbols: Symbols,
     code: Code,
     command: Option<Spawned>,
@@ -150,6 +153,7 @@ impl<'a> Run<'a> {
             min_size: config.min_size,
             max_size: config.max_size,
             mappings: config.resources.mmap,
+            forks: config.children,
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
         };
@@ -166,6 +170,7 @@ impl<'a> Run<'a> {
             collector,
             notices,
             targets: Vec::new(),
+            ended_children: EndedChildren::default(),
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code: Code::new(settings.tables.then_some(settings.rows)),
             command: None,
@@ -197,6 +202,9 @@ impl<'a> Run<'a> {
             core.tell(Entry::AddProcess { tgid: id.tgid, start_time: id.start_time, time: monotonic_now() });
             if let Some(addr) = brk {
                 core.tell(Entry::SetBreak { tgid: id.tgid, addr });
+            }
+            if self.config.children {
+                core.follow_children(id.tgid);
             }
         }
         self.refresh_code(id, target.process.through());
@@ -285,6 +293,7 @@ impl<'a> Run<'a> {
             if now.duration_since(swept) >= SWEEP_EVERY {
                 swept = now;
                 self.sweep();
+                self.forget_ended_children();
             }
             if now >= next_report {
                 next_report = now + self.config.interval;
@@ -325,6 +334,7 @@ impl<'a> Run<'a> {
                         }
                     }
                 }
+                Notice::Fork { parent, child } => self.follow_child(parent, child),
                 Notice::LeaderExit { tgid } => {
                     if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
                         target.leader_ended = true;
@@ -450,6 +460,8 @@ impl<'a> Run<'a> {
         }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
+        report.processes.extend(self.ended_children.leaking.iter().cloned());
+        report.ended_processes = self.ended_children.sums.values().cloned().collect();
         report.command = self.describe_command();
         if let (Some(command), Some(process)) = (&report.command, report.processes.first_mut())
             && let Some(end) = &mut process.ended

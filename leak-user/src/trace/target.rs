@@ -60,6 +60,8 @@ pub struct Target {
     pub leader_ended: bool,
     /// When it ended.
     pub ended: Option<Instant>,
+    /// The process that forked it, where it is traced for that.
+    pub parent: Option<u32>,
 }
 
 impl Target {
@@ -76,6 +78,7 @@ impl Target {
             samples: Vec::new(),
             leader_ended: false,
             ended: None,
+            parent: None,
             process,
         })
     }
