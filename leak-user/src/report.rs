@@ -46,6 +46,74 @@ pub struct Report {
     /// Traced processes that have ended and are not listed one by one, summed by executable.
     #[serde(default)]
     pub ended_processes: Vec<EndedProcesses>,
+    /// What is seen of the processes that are not traced; only where leaktrace chooses by itself whom to trace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<System>,
+}
+
+/// The processes that are watched from afar, and what was decided about them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct System {
+    /// Processes that are watched, the traced ones included.
+    pub watched: u64,
+    /// How many of them are traced.
+    pub traced: u64,
+    /// How many may be traced at a time.
+    pub most_traced: u64,
+    /// Those that are not traced: the fastest growing, then the largest.
+    pub processes: Vec<Watched>,
+    /// Who was traced or released, and why; the latest last, bounded.
+    pub decisions: Vec<Decision>,
+}
+
+/// A process that is watched from afar.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Watched {
+    pub pid: u32,
+    pub comm: String,
+    pub exe: Option<String>,
+    #[serde(flatten)]
+    pub labels: Labels,
+    pub rss: Rss,
+}
+
+/// What leaktrace decided about a process, and why.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// Seconds since the start.
+    pub at_s: f64,
+    pub pid: u32,
+    pub comm: String,
+    pub what: Decided,
+    pub reason: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decided {
+    /// To trace its allocator.
+    Promoted,
+    /// To go on watching it from afar.
+    Released,
+}
+
+/// Where a process belongs, as far as its cgroups and namespaces tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Labels {
+    /// The container's id, and whose it is: `docker`, `containerd`, ...
+    #[serde(default)]
+    pub container: Option<String>,
+    #[serde(default)]
+    pub container_runtime: Option<String>,
+    /// Of the Kubernetes pod.
+    #[serde(default)]
+    pub pod_uid: Option<String>,
+    /// The systemd unit.
+    #[serde(default)]
+    pub unit: Option<String>,
+    /// Its pid in its own pid namespace, where that is not the host's.
+    #[serde(default)]
+    pub pid_in_namespace: Option<u32>,
 }
 
 /// Traced processes of one executable that have ended.
@@ -151,6 +219,11 @@ pub struct Process {
     /// Path of the executable, as the process sees it.
     pub exe: Option<String>,
     pub cgroup: Option<String>,
+    #[serde(flatten)]
+    pub labels: Labels,
+    /// Why it is traced, where leaktrace chose it.
+    #[serde(default)]
+    pub reason: Option<String>,
     pub verdict: Verdict,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,
@@ -356,6 +429,7 @@ impl Report {
             command: None,
             processes: Vec::new(),
             ended_processes: Vec::new(),
+            system: None,
         }
     }
 

@@ -93,6 +93,7 @@ fn report(process: Process) -> Report {
         command: None,
         processes: vec![process],
         ended_processes: Vec::new(),
+        system: None,
     }
 }
 
@@ -102,6 +103,8 @@ fn process(verdict: Verdict) -> Process {
         comm: "orders".to_owned(),
         exe: Some("/srv/orders/bin/orders".to_owned()),
         cgroup: Some("/system.slice/orders.service".to_owned()),
+        labels: Labels { unit: Some("orders.service".to_owned()), ..Labels::default() },
+        reason: None,
         verdict,
         hint: None,
         live_bytes: 68 * MIB,
@@ -225,5 +228,51 @@ pub fn warming() -> Report {
     report.duration_s = 4.0;
     report.is_final = false;
     report.ended = None;
+    report
+}
+
+/// The report of a whole system: a leak in a container, a stable process, and others that are only watched.
+pub fn system() -> Report {
+    let mut report = leaking();
+    let leak = &mut report.processes[0];
+    leak.labels = Labels {
+        container: Some("8c1f0be5a1d94c3ab4f30c6a4be43bcf3ed0c6d2a2f7e6f1b0e3c1a2d3e4f5a6".to_owned()),
+        container_runtime: Some("containerd".to_owned()),
+        pid_in_namespace: Some(7),
+        ..Labels::default()
+    };
+    leak.reason = Some("RSS +24 MiB in 20 s, still rising".to_owned());
+    let mut calm = steady().processes.remove(0);
+    calm.pid = 4321;
+    calm.comm = "indexer".to_owned();
+    report.processes.push(calm);
+    let watched = |pid, comm: &str, mib: u64, slope| Watched {
+        pid,
+        comm: comm.to_owned(),
+        rss: Rss { first_bytes: Some(mib * MIB), last_bytes: Some(mib * MIB), growth_bytes_per_s: Some(slope) },
+        ..Watched::default()
+    };
+    report.system = Some(System {
+        watched: 212,
+        traced: 2,
+        most_traced: 16,
+        processes: vec![watched(88, "postgres", 900, 2048.0), watched(1, "systemd", 12, 0.0)],
+        decisions: vec![
+            Decision {
+                at_s: 17.0,
+                pid: 1234,
+                comm: "orders".to_owned(),
+                what: Decided::Promoted,
+                reason: "RSS +24 MiB in 20 s, still rising".to_owned(),
+            },
+            Decision {
+                at_s: 28.0,
+                pid: 88,
+                comm: "postgres".to_owned(),
+                what: Decided::Released,
+                reason: "steady for 60 s".to_owned(),
+            },
+        ],
+    });
     report
 }

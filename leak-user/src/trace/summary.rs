@@ -152,6 +152,8 @@ impl Snapshot {
             comm: target.process.comm.clone(),
             exe: target.process.exe.as_ref().map(|exe| exe.to_string_lossy().into_owned()),
             cgroup: target.process.cgroup.clone(),
+            labels: report::Labels::default(),
+            reason: target.reason.clone(),
             verdict: match verdict.verdict {
                 ProcessVerdict::Leaking => report::Verdict::Leaking,
                 ProcessVerdict::Plateau => report::Verdict::Plateau,

@@ -62,6 +62,8 @@ pub struct Target {
     pub ended: Option<Instant>,
     /// The process that forked it, where it is traced for that.
     pub parent: Option<u32>,
+    /// Why it is traced, where nobody asked for it.
+    pub reason: Option<String>,
 }
 
 impl Target {
@@ -79,6 +81,7 @@ impl Target {
             leader_ended: false,
             ended: None,
             parent: None,
+            reason: None,
             process,
         })
     }

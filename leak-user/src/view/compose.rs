@@ -7,6 +7,7 @@ use ratatui::text::{Line, Span};
 
 use super::names::{culprit, function, location};
 use super::safe::{cut_end, safe, width};
+use super::system;
 use super::units::{bytes, duration, events};
 use super::words;
 use crate::report::{Frame, Process, Report, Sampling, Stack, StackVerdict, Verdict};
@@ -14,6 +15,8 @@ use crate::report::{Frame, Process, Report, Sampling, Stack, StackVerdict, Verdi
 /// Frames of a stack that are listed: so many innermost, and so many outermost.
 const INNER: usize = 20;
 const OUTER: usize = 3;
+/// Among more processes than these, the line in the table says enough of those that do not leak.
+const FEW: usize = 4;
 /// Columns of the graph.
 const GRAPH: usize = 24;
 
@@ -41,14 +44,21 @@ impl Look {
 /// The whole report.
 pub fn lines(report: &Report, look: Look) -> Vec<Line<'static>> {
     let mut out = header(report, look);
-    for process in &report.processes {
+    let many = report.system.is_some() || report.processes.len() > 1;
+    if many {
+        out.push(Line::default());
+        system::table(&mut out, report);
+    }
+    let few = report.system.is_none() && report.processes.len() <= FEW;
+    for process in report.processes.iter().filter(|process| few || process.verdict == Verdict::Leaking) {
         out.push(Line::default());
         self::process(&mut out, process, report, look);
     }
-    if report.processes.is_empty() {
+    if report.processes.is_empty() && report.system.is_none() {
         out.push(Line::default());
         out.push(Line::from("No process was seen."));
     }
+    system::history(&mut out, report);
     if look.cut { out.into_iter().map(|line| fit(line, look.width)).collect() } else { out }
 }
 
@@ -99,13 +109,7 @@ fn process(out: &mut Vec<Line<'static>>, process: &Process, report: &Report, loo
     out.push(Line::from(vec![Span::styled(name, BOLD), Span::styled(exe.unwrap_or_default(), DIM)]));
 
     let (word, sentence) = words::verdict(process, report);
-    let color = match process.verdict {
-        Verdict::Leaking => Color::Red,
-        Verdict::Warming => Color::Yellow,
-        Verdict::Plateau | Verdict::Spike => Color::Cyan,
-        Verdict::Stable => Color::Green,
-    };
-    let style = BOLD.fg(color);
+    let style = BOLD.fg(system::verdict(process.verdict).1);
     wrap(out, vec![Span::styled(format!("{word}: "), style), Span::styled(sentence, BOLD)], 0, look.width);
     wrap_parts(out, &words::facts(process), look.width);
     for remark in words::remarks(process) {

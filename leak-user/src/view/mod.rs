@@ -7,6 +7,7 @@ pub mod json;
 mod live;
 mod names;
 mod safe;
+mod system;
 pub mod text;
 mod units;
 mod words;

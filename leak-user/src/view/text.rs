@@ -91,6 +91,12 @@ mod tests {
         golden("steady", &text(&sample::steady(), PLAIN, false));
     }
 
+    /// A whole system: a line each process, details of those that leak, and what was decided.
+    #[test]
+    fn system() {
+        golden("system", &text(&sample::system(), PLAIN, false));
+    }
+
     /// Before there is a verdict the report says how long it has looked.
     #[test]
     fn warming() {

@@ -82,6 +82,9 @@ pub fn remarks(process: &Process) -> Vec<String> {
             bytes(last - first)
         ));
     }
+    if let Some(reason) = &process.reason {
+        remarks.push(format!("Traced because: {}.", super::safe(reason)));
+    }
     if let Some(hint) = &process.hint {
         remarks.push(super::safe(hint));
     }
@@ -118,6 +121,10 @@ pub fn facts(process: &Process) -> Vec<String> {
     facts.push(format!("traced and live {} in {}", bytes(process.live_bytes), plural(process.live_count, "block")));
     if let Some(limit) = process.memory_limit_bytes {
         facts.push(format!("limit {}", bytes(limit)));
+    }
+    let place = super::system::belongs_to(&process.labels);
+    if !place.is_empty() {
+        facts.push(place);
     }
     let mut families: Vec<String> = process.allocators.iter().map(|allocator| super::safe(&allocator.family)).collect();
     families.dedup();

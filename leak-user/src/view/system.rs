@@ -1,0 +1,189 @@
+//! The table of processes, where there is more than one to look at.
+
+use ratatui::style::{Color, Modifier, Style};
+use ratatui::text::{Line, Span};
+
+use super::safe::{cut_end, safe, width};
+use super::units::{bytes, count, duration, rate};
+use crate::report::{Decided, EndedProcesses, Labels, Process, Report, Rss, Sampling, System, Verdict};
+
+const DIM: Style = Style::new().add_modifier(Modifier::DIM);
+const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
+
+/// Digits of a container's id that are shown: as many as its own tools show.
+const CONTAINER_ID: usize = 12;
+/// Watched processes that are listed, and decisions.
+const WATCHED: usize = 10;
+const DECISIONS: usize = 8;
+
+/// Columns of the table: heading, and whether numbers stand in it.
+const HEADINGS: [(&str, bool); 9] = [
+    ("PID", true),
+    ("NAME", false),
+    ("VERDICT", false),
+    ("LIVE", true),
+    ("RSS", true),
+    ("RSS SLOPE", true),
+    ("EXPLAINED", true),
+    ("ALLOCATOR", false),
+    ("BELONGS TO", false),
+];
+
+type Row = [String; HEADINGS.len()];
+
+/// A verdict's word and colour.
+pub fn verdict(verdict: Verdict) -> (&'static str, Color) {
+    match verdict {
+        Verdict::Leaking => ("LEAKING", Color::Red),
+        Verdict::Warming => ("WARMING UP", Color::Yellow),
+        Verdict::Plateau => ("PLATEAU", Color::Cyan),
+        Verdict::Spike => ("SPIKE", Color::Cyan),
+        Verdict::Stable => ("STABLE", Color::Green),
+    }
+}
+
+/// The traced processes in a line each, then those that are only watched, then what was decided.
+pub fn table(out: &mut Vec<Line<'static>>, report: &Report) {
+    let mut rows: Vec<(Row, Option<Verdict>)> = Vec::new();
+    for process in &report.processes {
+        rows.push((traced(process, report.mode.sampling), Some(process.verdict)));
+    }
+    for process in report.system.iter().flat_map(|system| system.processes.iter().take(WATCHED)) {
+        let row = [
+            process.pid.to_string(),
+            cut_end(&safe(&process.comm), 16),
+            "watched".to_owned(),
+            String::new(),
+            size(&process.rss),
+            slope(&process.rss),
+            String::new(),
+            String::new(),
+            belongs_to(&process.labels),
+        ];
+        rows.push((row, None));
+    }
+    if let Some(system) = &report.system {
+        out.push(Line::from(headline(system)));
+    }
+    if rows.is_empty() {
+        return;
+    }
+    let columns: [usize; HEADINGS.len()] = std::array::from_fn(|column| {
+        rows.iter().map(|(row, _)| width(&row[column])).chain([HEADINGS[column].0.len()]).max().unwrap_or(0)
+    });
+    let headings: Row = std::array::from_fn(|column| HEADINGS[column].0.to_owned());
+    out.push(Line::from(cells(&headings, &columns, None)).style(DIM));
+    out.extend(rows.iter().map(|(row, verdict)| {
+        let style = if verdict.is_none() { DIM } else { Style::new() };
+        Line::from(cells(row, &columns, *verdict)).style(style)
+    }));
+}
+
+/// What was decided, and who has ended.
+pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
+    if let Some(system) = report.system.as_ref().filter(|system| !system.decisions.is_empty()) {
+        out.push(Line::default());
+        out.push(Line::styled("Decisions", DIM.add_modifier(Modifier::BOLD)));
+        for decision in system.decisions.iter().rev().take(DECISIONS).rev() {
+            let what = match decision.what {
+                Decided::Promoted => "traced",
+                Decided::Released => "released",
+            };
+            out.push(Line::from(format!(
+                "  {:>6}  {what:8}  {} (pid {}): {}",
+                duration(decision.at_s),
+                safe(&decision.comm),
+                decision.pid,
+                safe(&decision.reason)
+            )));
+        }
+    }
+    if !report.ended_processes.is_empty() {
+        out.push(Line::default());
+        out.push(Line::styled("Ended", DIM.add_modifier(Modifier::BOLD)));
+        for ended in &report.ended_processes {
+            out.push(Line::from(ended_line(ended)));
+        }
+    }
+}
+
+fn ended_line(ended: &EndedProcesses) -> String {
+    let exe = if ended.exe.is_empty() { "other programs".to_owned() } else { safe(&ended.exe) };
+    let mut parts = vec![format!("at most {} RSS", bytes(ended.largest_rss_bytes))];
+    if ended.live_bytes_at_end > 0 {
+        parts.push(format!("{} not freed at the end", bytes(ended.live_bytes_at_end)));
+    }
+    if ended.leaking > 0 {
+        parts.push(format!("{} leaking", ended.leaking));
+    }
+    format!("  {} of {exe}: {}", processes(ended.count), parts.join(", "))
+}
+
+fn headline(system: &System) -> Vec<Span<'static>> {
+    let text =
+        format!("{} watched, {} of at most {} traced", processes(system.watched), system.traced, system.most_traced);
+    vec![Span::styled(text, BOLD)]
+}
+
+fn traced(process: &Process, sampling: Sampling) -> Row {
+    let mut families: Vec<String> = process.allocators.iter().map(|allocator| safe(&allocator.family)).collect();
+    families.dedup();
+    let how = match sampling {
+        Sampling::Exact => "",
+        Sampling::Bytes => ", sampled",
+    };
+    [
+        process.pid.to_string(),
+        cut_end(&safe(&process.comm), 16),
+        verdict(process.verdict).0.to_owned(),
+        bytes(process.live_bytes),
+        size(&process.rss),
+        slope(&process.rss),
+        process.explained_growth_ratio.map_or_else(String::new, |ratio| format!("{:.0} %", ratio * 100.0)),
+        if families.is_empty() { "none found".to_owned() } else { cut_end(&families.join(", "), 24) + how },
+        belongs_to(&process.labels),
+    ]
+}
+
+fn processes(n: u64) -> String {
+    format!("{} process{}", count(n), if n == 1 { "" } else { "es" })
+}
+
+fn size(rss: &Rss) -> String {
+    rss.last_bytes.map_or_else(String::new, bytes)
+}
+
+fn slope(rss: &Rss) -> String {
+    match rss.growth_bytes_per_s {
+        Some(slope) if slope.abs() < 1.0 => "flat".to_owned(),
+        Some(slope) => format!("{}{}", if slope > 0.0 { "+" } else { "" }, rate(slope)),
+        None => String::new(),
+    }
+}
+
+/// The container, or else the unit, and the pid there.
+pub fn belongs_to(labels: &Labels) -> String {
+    let container = labels.container.as_deref().map(|id| {
+        let id: String = safe(id).chars().take(CONTAINER_ID).collect();
+        labels.container_runtime.as_deref().map_or_else(|| id.clone(), |runtime| format!("{} {id}", safe(runtime)))
+    });
+    let place = container.or_else(|| labels.unit.as_deref().map(safe));
+    let there = labels.pid_in_namespace.map(|pid| format!("pid {pid} there"));
+    place.into_iter().chain(there).collect::<Vec<_>>().join(", ")
+}
+
+/// One line of the table; the verdict in its colour.
+fn cells(row: &Row, columns: &[usize; HEADINGS.len()], of: Option<Verdict>) -> Vec<Span<'static>> {
+    let mut spans = Vec::new();
+    for (column, text) in row.iter().enumerate() {
+        let pad = " ".repeat(columns[column].saturating_sub(width(text)));
+        let text = if HEADINGS[column].1 { format!("{pad}{text}") } else { format!("{text}{pad}") };
+        let style = match of {
+            Some(of) if column == 2 => BOLD.fg(verdict(of).1),
+            _ => Style::new(),
+        };
+        spans.push(Span::styled(text, style));
+        spans.push(Span::raw("  "));
+    }
+    spans
+}
