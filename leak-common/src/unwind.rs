@@ -6,6 +6,9 @@
 //!
 //! A walk looks up only the ends of calls (each frame but the innermost is left at a return address, and the innermost is at an
 //! allocator's entry or behind a `syscall`), so a table keeps only rows that hold one of those, unless it says that it is full.
+//!
+//! A file has few different rules (python3 188), and most functions have one row of their own. So where it takes less,
+//! the rules stand once each in front of the rows, and a row holds two pieces of code: a *pair*.
 
 /// Where the CFA is: three bits.
 pub mod cfa {
@@ -96,6 +99,37 @@ pub const fn row(address: u32, rule: Rule) -> u64 {
     (address as u64) << 32 | rule.0 as u64
 }
 
+/// The most different rules that pairs of a file can refer to: ten bits.
+pub const PAIR_RULES: usize = 1 << 10;
+
+/// How far the second piece of a pair can begin behind the first, in bytes: twelve bits.
+pub const PAIR_REACH: u32 = (1 << 12) - 1;
+
+/// A row for two pieces of code: from `address` on the rule with the index `first` holds, `reach` bytes further on, the one with
+/// the index `second`. With a reach of zero there is only the second.
+///
+/// The address is in the upper half, as in a [`row`]. None if a part does not fit.
+pub const fn pair(address: u32, reach: u32, first: u32, second: u32) -> Option<u64> {
+    if reach > PAIR_REACH || first as usize >= PAIR_RULES || second as usize >= PAIR_RULES {
+        return None;
+    }
+    Some((address as u64) << 32 | (reach as u64) << 20 | (first as u64) << 10 | second as u64)
+}
+
+/// The index of the rule that a pair has for an address, which is not below the pair's own.
+#[inline]
+pub const fn rule_index(pair: u64, address: u32) -> u32 {
+    let behind = address.wrapping_sub((pair >> 32) as u32);
+    let reach = pair as u32 >> 20;
+    (if behind < reach { pair as u32 >> 10 } else { pair as u32 }) & (PAIR_RULES as u32 - 1)
+}
+
+/// The rule with an index out of the word that holds it: a word has two, the even one in the lower half.
+#[inline]
+pub const fn rule_of_word(word: u64, index: u32) -> Rule {
+    Rule((word >> (32 * (index & 1))) as u32)
+}
+
 /// Code of a process and where its rows are, an element of the map of ranges. A process's elements are adjacent and sorted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,7 +146,10 @@ pub struct Range {
     pub rows: u32,
     /// Bits of [`range_flag`].
     pub flags: u32,
-    pub reserved: u32,
+    /// How many words of rules stand right before the first row. Zero: the rows hold their rules themselves ([`row`]); otherwise they
+    /// are pairs ([`pair`]). Not a flag, so that making a range void ([`Self::rows`], then [`Self::flags`]) leaves no moment in which
+    /// rows are taken for what they are not.
+    pub rules: u32,
 }
 const _: () = assert!(size_of::<Range>() == 40);
 
@@ -156,5 +193,29 @@ mod tests {
         }
         assert_eq!(Rule::new(cfa::SP, 1 << 15, fp::SAME, 0), None);
         assert_eq!(Rule::new(cfa::SP, 0, fp::AT_CFA, 1024), None);
+    }
+
+    /// A pair gives the first index up to its reach and the second from there on, at the ends of each part's range; what does not fit
+    /// is refused.
+    #[test]
+    fn pairs_keep_their_parts() {
+        let last = PAIR_RULES as u32 - 1;
+        for address in [0, 0x1234_5678, u32::MAX - PAIR_REACH] {
+            for (first, second) in [(0, last), (last, 0), (1, 2)] {
+                for reach in [1, 17, PAIR_REACH] {
+                    let pair = pair(address, reach, first, second).expect("it fits");
+                    assert_eq!((pair >> 32) as u32, address);
+                    let found = [0, reach - 1, reach].map(|behind| rule_index(pair, address + behind));
+                    assert_eq!(found, [first, first, second]);
+                }
+                let single = pair(address, 0, first, second).expect("it fits");
+                assert_eq!(rule_index(single, address), second);
+            }
+        }
+        assert_eq!(pair(0, PAIR_REACH + 1, 0, 0), None);
+        assert_eq!(pair(0, 1, last + 1, 0), None);
+        assert_eq!(pair(0, 1, 0, last + 1), None);
+        let word = 7 | 9 << 32;
+        assert_eq!([rule_of_word(word, 4), rule_of_word(word, 5)], [Rule(7), Rule(9)]);
     }
 }

@@ -5,7 +5,7 @@
 //! check, so no lock is needed. The tag is of the process and of the generation of code addresses, so whatever maps code
 //! makes all entries void.
 
-use leak_common::unwind::{Range, Rule, cfa, fp, none, range_flag};
+use leak_common::unwind::{Range, Rule, cfa, fp, none, range_flag, rule_index, rule_of_word};
 
 use crate::maps::{RANGES, ROWS, RULES, RULES_COUNT, TARGETS, generation, has_loop};
 use crate::repeat::repeat;
@@ -64,7 +64,7 @@ fn find(tgid: u32, tag: u64, key: u64, index: u32) -> Rule {
     } else if exact && range.flags & range_flag::FULL == 0 {
         return Rule::none(miss::INTERRUPTED);
     } else {
-        Rule(last_not_above(range.first, range.rows, address.wrapping_sub(range.bias)))
+        in_rows(range, address.wrapping_sub(range.bias))
     };
     if let Some(entry) = RULES.get_ptr_mut(index) {
         let value = u64::from(found.0) | tag << 32;
@@ -118,15 +118,28 @@ extern "C" fn halve_rows(_index: u64, search: *mut Search) -> i64 {
     0
 }
 
-/// The rule of the last row that is not above `address`, of `count` rows from `first`.
+/// The rule that the rows of a range have for `address`: that of the last row that is not above it.
 #[inline(always)]
-fn last_not_above(first: u32, count: u32, address: u64) -> u32 {
-    let mut search = Search { at: u64::from(first), count: u64::from(count), address };
+fn in_rows(range: &Range, address: u64) -> Rule {
+    let mut search = Search { at: u64::from(range.first), count: u64::from(range.rows), address };
     repeat::<HALVINGS, _>(halve_rows, &raw mut search);
-    match ROWS.get_ptr(search.at as u32) {
-        // SAFETY: a valid map value. Code before the first row has no entry.
-        Some(row) if unsafe { *row } >> 32 <= address => unsafe { *row as u32 },
-        _ => Rule::none(none::NO_ENTRY).0,
+    let row = match ROWS.get_ptr(search.at as u32) {
+        // SAFETY: a valid map value.
+        Some(row) => unsafe { *row },
+        None => return Rule::none(none::NO_ENTRY),
+    };
+    // Code before the first row has no entry.
+    if row >> 32 > address {
+        return Rule::none(none::NO_ENTRY);
+    }
+    if range.rules == 0 {
+        return Rule(row as u32);
+    }
+    let index = rule_index(row, address as u32);
+    match ROWS.get_ptr(range.first.wrapping_sub(range.rules).wrapping_add(index >> 1)) {
+        // SAFETY: a valid map value.
+        Some(word) => rule_of_word(unsafe { *word }, index),
+        None => Rule::none(none::NO_ENTRY),
     }
 }
 

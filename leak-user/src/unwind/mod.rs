@@ -9,6 +9,7 @@
 //! - [`cfi`]: runs the descriptions;
 //! - `x86_64`: what they mean on this machine, and where calls end;
 //! - [`table`]: the rows of a file, all or only those that a walk can ask for;
+//! - [`packed`]: the rows as they are put into the kernel's map;
 //! - [`extents`]: hands out places in the kernel's map of rows;
 //! - [`tables`]: which files are loaded, for which processes, within a budget.
 //!
@@ -24,6 +25,7 @@
 pub mod cfi;
 pub mod extents;
 pub mod image;
+pub mod packed;
 pub mod table;
 pub mod tables;
 mod x86_64;
@@ -32,10 +34,11 @@ mod x86_64;
 mod tests;
 
 use leak_common::unwind::Rule;
+pub use packed::Packed;
 pub use table::{Rows, Table, Why};
 pub use tables::{Ranges, Tables};
 
-/// What the rows say of an address, less the file's lowest one; the same search as the BPF side's. None before the first row.
+/// What the rows of a table say of an address, less the file's lowest one. None before the first row.
 pub fn lookup(rows: &[u64], address: u32) -> Option<Rule> {
     let behind = rows.partition_point(|&row| (row >> 32) as u32 <= address);
     rows.get(behind.checked_sub(1)?).map(|&row| Rule(row as u32))

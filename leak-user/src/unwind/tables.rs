@@ -6,6 +6,7 @@
 
 use super::extents::{Extent, Placed, Residents};
 use super::image::{Code, Data, Image, bias};
+use super::packed::Packed;
 use super::table::{Rows, Table, Why};
 use crate::discover::{FileId, maps};
 use crate::process::{self, ProcessId};
@@ -54,7 +55,10 @@ struct Loaded {
     base: u64,
     code: Vec<Code>,
     frame_pointers: bool,
+    /// Words in the map: rules and rows.
     rows: u32,
+    /// How many of them are rules.
+    rules: u32,
     full: bool,
     /// Somebody needs all rows.
     wants_full: bool,
@@ -203,7 +207,9 @@ impl Tables {
         };
         range.bias = bias;
         if let Some(extent) = self.residents.extent(&key) {
-            (range.first, range.rows) = (extent.first, extent.rows);
+            // What is in the map are the words of this file as they are packed now.
+            range.rules = file.rules;
+            (range.first, range.rows) = (extent.first + file.rules, extent.rows.saturating_sub(file.rules));
             if file.full {
                 range.flags |= range_flag::FULL;
             }
@@ -308,12 +314,14 @@ impl Tables {
             Err(why) => return Walk::Nothing(why.to_string()),
         };
         self.built += 1;
-        let rows = u32::try_from(table.rows.len()).unwrap_or(u32::MAX);
+        let packed = Packed::new(&table.rows);
+        let rows = u32::try_from(packed.words().len()).unwrap_or(u32::MAX);
         let placed = if rows == 0 { None } else { Some(self.residents.place(&key, rows)) };
         let mut loaded = Loaded {
             base: table.base,
             frame_pointers: table.frame_pointers,
             rows,
+            rules: packed.rules(),
             full: table.full,
             wants_full,
             missing: table.missing(),
@@ -322,7 +330,7 @@ impl Tables {
         match placed {
             None => {}
             Some(Placed::Now(extent)) => {
-                if let Err(error) = sink(extent.first, &table.rows) {
+                if let Err(error) = sink(extent.first, packed.words()) {
                     self.residents.withdraw(&key);
                     return Walk::Nothing(format!("its unwind table cannot be written: {error}"));
                 }

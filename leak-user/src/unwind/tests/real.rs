@@ -3,7 +3,7 @@
 //! The two are compared by what they do, not by how they say it: both are carried out on an imagined machine whose memory holds a
 //! scrambled form of each address, and must come to the same frame address, return address and frame pointer.
 
-use crate::unwind::{Rows, Table, lookup};
+use crate::unwind::{Packed, Rows, Table};
 use gimli::{
     BaseAddresses, CfaRule, CieOrFde, EhFrame, EndianSlice, EvaluationResult, Location, NativeEndian, RegisterRule,
     UnwindContext, UnwindExpression, UnwindSection, UnwindTableRow, Value, X86_64,
@@ -176,7 +176,12 @@ struct Compared {
 fn compare(path: &Path, every: usize) -> Compared {
     let bytes = std::fs::read(path).expect("the file can be read");
     let file = File::open(path).expect("the file can be opened");
-    let [compact, full] = [Rows::CallEnds, Rows::Full].map(|keep| Table::of_file(&file, keep).expect("a table"));
+    let [compact, full] = [Rows::CallEnds, Rows::Full].map(|keep| {
+        let table = Table::of_file(&file, keep).expect("a table");
+        // As the kernel side has it.
+        let packed = Packed::new(&table.rows);
+        (table, packed)
+    });
     let elf = object::File::parse(&*bytes).expect("an ELF file");
     let eh_frame = elf.section_by_name(".eh_frame").expect("unwind information");
     let mut section = EhFrame::new(eh_frame.data().expect("it is there"), NativeEndian);
@@ -202,13 +207,13 @@ fn compare(path: &Path, every: usize) -> Compared {
         let inside = (start - text) as usize..((end - text) as usize).min(bytes.len());
         let mut rows = entry.rows(&section, &bases, &mut context).expect("rows");
         let mut row = rows.next_row().expect("a row").cloned();
-        let mut check = |table: &Table, pc: u64, what: &str| {
+        let mut check = |(table, packed): &(Table, Packed), pc: u64, what: &str| {
             while row.as_ref().is_some_and(|row| pc >= row.end_address()) {
                 row = rows.next_row().expect("a row").cloned();
             }
             let row = row.as_ref().expect("a row for each address of the entry");
             let expected = by_gimli(&section, row, pc);
-            let rule = lookup(&table.rows, (pc - table.base) as u32).expect("a row");
+            let rule = packed.lookup((pc - table.base) as u32).expect("a row");
             match (expected, by_rule(rule, pc)) {
                 (Left::Not(why), Left::Not("inexpressible")) => *found.not.entry(why).or_default() += 1,
                 (Left::To(Caller { fp: None, .. }), left) if left == expected => found.fp_lost += 1,
@@ -271,12 +276,14 @@ fn installed(paths: &[&str]) -> Option<PathBuf> {
     paths.iter().map(PathBuf::from).find(|path| path.exists())
 }
 
-/// What a table of a real library may take: a tenth of the rows, eight bytes each.
+/// What a table of a real library may take: a tenth of the rows, eight bytes each, the rules that they share included.
 #[test]
 fn size() {
     let file = File::open(libc()).expect("the C library");
     let table = Table::of_file(&file, Rows::CallEnds).expect("a table");
-    assert!(table.rows.len() * 10 <= table.stats.raw_rows, "{:?}", table.stats);
+    let packed = Packed::new(&table.rows);
+    assert!(packed.words().len() * 10 <= table.stats.raw_rows, "{:?}", table.stats);
+    assert!(packed.rules() > 0 && packed.words().len() * 3 < table.rows.len() * 2, "{packed:?}");
     assert_eq!((table.stats.malformed, table.stats.cut_off), (0, false));
     assert!(table.missing().is_none() && !table.frame_pointers && table.build_id.is_some());
 }

@@ -3,8 +3,9 @@
 
 use super::elf::{CODE, CODE_OFFSET, Elf, Frames};
 use crate::process::ProcessId;
+use crate::unwind::packed::lookup_packed;
 use crate::unwind::tables::Sink;
-use crate::unwind::{Ranges, Tables, lookup};
+use crate::unwind::{Ranges, Tables};
 use leak_common::unwind::{Range, Rule, cfa, fp, range_flag};
 use std::arch::naked_asm;
 use std::fs::File;
@@ -89,8 +90,10 @@ fn walk(map: &Map, ranges: &Ranges, from: Registers) -> (Vec<u64>, End) {
         if interrupted && range.flags & range_flag::FULL == 0 {
             return (found, End::NeedsFull(pc));
         }
-        let rows = &map.0[range.first as usize..(range.first + range.rows) as usize];
-        let Some(rule) = lookup(rows, (looked_up - range.bias) as u32) else { return (found, End::NoRow(pc)) };
+        let words = &map.0[(range.first - range.rules) as usize..(range.first + range.rows) as usize];
+        let Some(rule) = lookup_packed(words, range.rules, (looked_up - range.bias) as u32) else {
+            return (found, End::NoRow(pc));
+        };
         interrupted = false;
         let offset = rule.cfa_offset();
         let next = match rule.cfa() {
@@ -363,7 +366,7 @@ fn every_kind_of_mapping() {
         // Memory is as far from the file's addresses as the bias says.
         assert_eq!(mapping.address - range.bias, CODE - super::elf::BASE);
         let rows = &map.0[range.first as usize..][..range.rows as usize];
-        let rule = lookup(rows, (mapping.address + 34 - range.bias) as u32).expect("a row");
+        let rule = lookup_packed(rows, range.rules, (mapping.address + 34 - range.bias) as u32).expect("a row");
         assert_eq!((rule.cfa(), rule.cfa_offset()), (cfa::SP, 48));
     }
     assert_eq!((bare.rows, bare.flags), (0, 0));
