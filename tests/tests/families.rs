@@ -173,6 +173,24 @@ fn mimalloc() -> Result<()> {
     Case::new(families().flag("-DFEW"), "mimalloc", "libmimalloc").preloaded(&library).is_exact()
 }
 
+/// Blocks that go with their heap are freed unseen, so what was live then is out of verdicts, which is said; what comes after is not.
+#[test]
+fn heaps_that_are_destroyed_are_no_leak() -> Result<()> {
+    let test = "heaps_that_are_destroyed_are_no_leak";
+    let (Some(_), true) = (host::library(test, "libmimalloc.so"), host::can_trace(test)) else { return Ok(()) };
+    let program = families().flag("-DMIMALLOC").flag("-DPREFIX=mi_").link("-lmimalloc").build()?;
+    let mut fixture = Fixture::builder(&program).start()?;
+    let mut session = Session::start(&[fixture.pid()], &[])?;
+    fixture.tell("destroy 100 64")?;
+    let distrusted = |report: &Value| report["losses"]["frees_lost"] == 1 && live_in(report, "destroy_heap") == (0, 0);
+    session.next_report(distrusted, PATIENCE)?;
+    fixture.tell("leak malloc 10 100")?;
+    let report = session.stop()?;
+    assert_eq!(live_in(&report, "leak_via_malloc"), (1000, 10), "{}", summary(&report));
+    assert_eq!(live_of(&report, fixture.pid()), (1000, 10), "{}", summary(&report));
+    Ok(())
+}
+
 /// Each variant of operator new and delete: of libstdc++, where they call malloc, and of allocators that have their own.
 #[test]
 fn operators() -> Result<()> {

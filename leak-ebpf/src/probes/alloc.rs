@@ -269,6 +269,10 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids
     let Some(thread) = thread.or_else(|| new(ids)) else {
         return NO_RETURN;
     };
+    if shape == op::FREE_UNNAMED {
+        count(counter::FREE_LOST);
+        return NO_RETURN;
+    }
     match arguments(ctx, shape) {
         Some(arguments) => enter(ctx, thread, ids, frame, shape & !op::SHIFTED, arguments),
         None => NO_RETURN,
@@ -366,6 +370,7 @@ entry!(enter_realloc, op::REALLOC);
 entry!(enter_reallocarray, op::REALLOCARRAY);
 entry!(enter_posix, op::POSIX_MEMALIGN);
 entry!(enter_free, op::FREE);
+entry!(enter_free_unnamed, op::FREE_UNNAMED);
 entry!(enter_xallocx, op::XALLOCX);
 entry!(enter_reallocf, op::REALLOCF);
 entry!(enter_rust_realloc, op::RUST_REALLOC);

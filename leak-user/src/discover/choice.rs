@@ -11,7 +11,7 @@
 //! programs in the kernel see that it is nested.
 
 use super::breakpoint::{Emulation, Placement};
-use super::elf::{Bounded, Elf, Symbol, SymbolTable, Unusable};
+use super::elf::{Bounded, Elf, Slot, Symbol, SymbolTable, Unusable};
 use super::forward::{self, Target};
 use super::names::{self, Api, MIMALLOC, TCMALLOC};
 use leak_common::op;
@@ -180,6 +180,9 @@ pub fn read(file: &File, apart: Option<&File>, asked: &Asked, kernel: Emulation)
     groups.iter_mut().for_each(Group::keep_own);
     // Rust's are probed where nothing else is there. Elsewhere it takes their code to tell whether they are an allocator.
     let with_rust = cfg!(target_arch = "x86_64") || (groups.is_empty() && tables.is_static);
+    if groups.is_empty() && wrappers.is_empty() {
+        return Ok(contents);
+    }
     let program = Code { elf: &elf, slots: slots(&elf), never_return: found.never_return };
     let probed: HashSet<u64> = groups.iter().flat_map(|g| &g.definitions).map(|d| d.address).collect();
     let mut kept_wrappers = Vec::new();
@@ -422,7 +425,11 @@ impl Code<'_> {
 
 /// What the dynamic linker's slots lead to, of what matters.
 fn slots(elf: &Elf<'_>) -> HashMap<u64, Target> {
-    let target = |symbol: Symbol<'_>| {
+    let target = |slot: Slot<'_>| {
+        let symbol = match slot {
+            Slot::Symbol(symbol) => symbol,
+            Slot::Own(address) => return Some(Target::Inside(address)),
+        };
         if symbol.defined {
             return Some(Target::Inside(symbol.address));
         }
@@ -432,7 +439,7 @@ fn slots(elf: &Elf<'_>) -> HashMap<u64, Target> {
         // operator new of another file may itself only wrap; that is found there.
         names::plain(symbol.name).filter(|(api, _)| *api == Api::C).map(|(_, shape)| Target::Outside(shape))
     };
-    elf.slots().into_iter().filter_map(|(slot, symbol)| Some((slot, target(symbol)?))).collect()
+    elf.slots().into_iter().filter_map(|(at, slot)| Some((at, target(slot)?))).collect()
 }
 
 /// One probe for all functions at an address, and none for those that only lead there.

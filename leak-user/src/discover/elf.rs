@@ -36,6 +36,9 @@ impl std::error::Error for Unusable {}
 /// The largest piece of a file that is read at once, in bytes: a table of five million symbols.
 const MAX_PIECE: u64 = 128 << 20;
 
+/// More slots of one file are not looked at.
+const MAX_SLOTS: usize = 1 << 20;
+
 /// A build id is 20 bytes as a rule; longer ones are cut off.
 const MAX_BUILD_ID: usize = 64;
 
@@ -70,8 +73,21 @@ type RawSymbol = elf::Sym64<Endianness>;
 /// Relocations that put a function's address into a slot: calls through the procedure linkage table, and other uses.
 #[cfg(target_arch = "x86_64")]
 const SLOT_RELOCATIONS: [u32; 2] = [elf::R_X86_64_JUMP_SLOT, elf::R_X86_64_GLOB_DAT];
+#[cfg(target_arch = "x86_64")]
+const OWN_RELOCATION: u32 = elf::R_X86_64_RELATIVE;
 #[cfg(target_arch = "aarch64")]
 const SLOT_RELOCATIONS: [u32; 2] = [elf::R_AARCH64_JUMP_SLOT, elf::R_AARCH64_GLOB_DAT];
+#[cfg(target_arch = "aarch64")]
+const OWN_RELOCATION: u32 = elf::R_AARCH64_RELATIVE;
+
+/// What the dynamic linker puts into a slot.
+#[derive(Clone, Copy, Debug)]
+pub enum Slot<'a> {
+    /// The address of what has this name.
+    Symbol(Symbol<'a>),
+    /// An address in this file.
+    Own(u64),
+}
 
 /// A file that has been opened as ELF.
 pub struct Elf<'a> {
@@ -204,16 +220,25 @@ impl<'a> Elf<'a> {
         Ok(Some(SymbolTable { symbols, strings, endian: self.endian }))
     }
 
-    /// The slots that the dynamic linker fills with the addresses of functions: where they are, and with which.
-    pub fn slots(&self) -> Vec<(u64, Symbol<'a>)> {
-        let Ok(Some(symbols)) = self.dynamic_symbols() else { return Vec::new() };
+    /// The slots that the dynamic linker fills with the addresses of functions: where they are, and with which. At most
+    /// [`MAX_SLOTS`].
+    pub fn slots(&self) -> Vec<(u64, Slot<'a>)> {
+        let symbols = self.dynamic_symbols().ok().flatten();
         let mut slots = Vec::new();
         for section in self.sections().unwrap_or_default() {
             let Ok(Some((relocations, _))) = section.rela(self.endian, self.data) else { continue };
-            let filled = relocations.iter().filter(|r| SLOT_RELOCATIONS.contains(&r.r_type(self.endian, false)));
-            slots.extend(
-                filled.filter_map(|r| Some((r.r_offset(self.endian), symbols.get(r.r_sym(self.endian, false))?))),
-            );
+            let filled = relocations.iter().filter_map(|relocation| {
+                let at = relocation.r_offset(self.endian);
+                let kind = relocation.r_type(self.endian, false);
+                if SLOT_RELOCATIONS.contains(&kind) {
+                    let symbol = symbols.as_ref()?.get(relocation.r_sym(self.endian, false))?;
+                    return Some((at, Slot::Symbol(symbol)));
+                }
+                let address = u64::try_from(relocation.r_addend(self.endian)).ok()?;
+                let own = kind == OWN_RELOCATION && self.place_of(address).is_ok();
+                own.then_some((at, Slot::Own(address)))
+            });
+            slots.extend(filled.take(MAX_SLOTS - slots.len()));
         }
         slots
     }

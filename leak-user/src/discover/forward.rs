@@ -50,7 +50,10 @@ mod x86_64 {
     const NEAR: usize = 6;
 
     /// Wrappers are short: past this the answer is no, instructions.
-    const MAX_INSTRUCTIONS: usize = 600;
+    const MAX_INSTRUCTIONS: usize = 2000;
+
+    /// How deep calls are followed: through the layers of code that was not optimised.
+    const MAX_CALLS: usize = 4;
 
     /// Bytes that are read at once.
     const PIECE: usize = 512;
@@ -73,61 +76,84 @@ mod x86_64 {
         None
     }
 
-    /// Whether whoever calls the function at `entry` comes by what `wanted` accepts, unless it leaves by `ends`, from where
-    /// nobody comes back.
+    /// Whether whoever calls the function at `entry` comes by what `wanted` accepts, itself or in what it calls, unless it
+    /// leaves by `ends`, from where nobody comes back.
     pub fn always_reaches(
         program: &dyn Program,
         entry: u64,
         wanted: &dyn Fn(Target) -> bool,
         ends: &dyn Fn(Target) -> bool,
     ) -> bool {
-        let mut seen = HashSet::new();
-        let mut from = vec![entry];
-        let mut reached = false;
-        while let Some(start) = from.pop() {
-            let mut code = Instructions::new(program, start);
-            while let Some(instruction) = code.next() {
-                if !seen.insert(instruction.ip()) {
-                    break;
-                }
-                if instruction.is_invalid() || seen.len() > MAX_INSTRUCTIONS {
-                    return false;
-                }
-                match instruction.flow_control() {
-                    FlowControl::Next => {}
-                    FlowControl::Exception => break,
-                    FlowControl::ConditionalBranch => match destination(program, &instruction) {
-                        Some(target) if wanted(target) => reached = true,
-                        Some(target) if ends(target) => {}
-                        Some(Target::Inside(address)) => from.push(address),
-                        _ => return false,
-                    },
-                    FlowControl::Call | FlowControl::IndirectCall => match destination(program, &instruction) {
-                        Some(target) if wanted(target) => {
-                            reached = true;
-                            break;
-                        }
-                        Some(target) if ends(target) => break,
-                        _ => {}
-                    },
-                    FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => {
-                        match destination(program, &instruction) {
-                            Some(target) if wanted(target) => reached = true,
-                            Some(target) if ends(target) => {}
-                            Some(Target::Inside(address)) => from.push(address),
-                            _ => return false,
-                        }
+        Search { program, wanted, ends, left: MAX_INSTRUCTIONS }.reaches(entry, MAX_CALLS)
+    }
+
+    struct Search<'a> {
+        program: &'a dyn Program,
+        wanted: &'a dyn Fn(Target) -> bool,
+        ends: &'a dyn Fn(Target) -> bool,
+        /// Instructions that may still be looked at.
+        left: usize,
+    }
+
+    impl Search<'_> {
+        /// `depth`: how far calls are followed.
+        fn reaches(&mut self, entry: u64, depth: usize) -> bool {
+            let mut seen = HashSet::new();
+            let mut from = vec![entry];
+            let mut reached = false;
+            while let Some(start) = from.pop() {
+                let mut code = Instructions::new(self.program, start);
+                while let Some(instruction) = code.next() {
+                    if !seen.insert(instruction.ip()) {
                         break;
                     }
-                    // It returns without having been there, or does what is not understood.
-                    _ => return false,
+                    if instruction.is_invalid() || self.left == 0 {
+                        return false;
+                    }
+                    self.left -= 1;
+                    let control = instruction.flow_control();
+                    match control {
+                        FlowControl::Next => continue,
+                        FlowControl::Exception => break,
+                        FlowControl::ConditionalBranch
+                        | FlowControl::UnconditionalBranch
+                        | FlowControl::IndirectBranch
+                        | FlowControl::Call
+                        | FlowControl::IndirectCall => {}
+                        // It returns without having been there, or does what is not understood.
+                        _ => return false,
+                    }
+                    let calls = matches!(control, FlowControl::Call | FlowControl::IndirectCall);
+                    let target = destination(self.program, &instruction);
+                    let arrives = target.is_some_and(self.wanted);
+                    reached |= arrives;
+                    let mut over = arrives || target.is_some_and(self.ends);
+                    match target {
+                        _ if over => {}
+                        Some(Target::Inside(address)) if calls => {
+                            // What is called may come by; if not, it comes back here.
+                            over = depth > 0 && self.reaches(address, depth - 1);
+                            reached |= over;
+                        }
+                        _ if calls => {}
+                        Some(Target::Inside(address)) => from.push(address),
+                        _ => return false,
+                    }
+                    let goes_on = match control {
+                        FlowControl::ConditionalBranch => true,
+                        _ if calls => !over,
+                        _ => false,
+                    };
+                    if !goes_on {
+                        break;
+                    }
+                }
+                if code.at_end {
+                    return false;
                 }
             }
-            if code.at_end {
-                return false;
-            }
+            reached
         }
-        reached
     }
 
     fn is_jump(instruction: &Instruction) -> bool {
@@ -265,6 +291,9 @@ mod x86_64 {
             assert!(!reaches(&[0xeb, 0xfe]), "for ever");
             assert!(reaches(&[0x74, 5, 0xe8, 0xf9, 0, 0, 0, 0xe8, 0xf4, 1, 0, 0]), "the other way never returns");
             assert!(reaches(&[0xe8, 0, 3, 0, 0, 0xe9, 0xf6, 0, 0, 0]), "a call of something else before");
+            assert!(reaches(&[0xe8, 1, 0, 0, 0, 0xc3, 0xe8, 0xf5, 0, 0, 0, 0xc3]), "in what it calls");
+            assert!(!reaches(&[0xe8, 1, 0, 0, 0, 0xc3, 0xc3]), "not even there");
+            assert!(!reaches(&[0xe8, 0xfb, 0xff, 0xff, 0xff, 0xc3]), "a call of itself");
         }
 
         proptest! {

@@ -97,7 +97,7 @@ const TCMALLOC_API: [(&str, u8); 21] = [
     ("deletearray_sized_aligned", op::FREE),
 ];
 
-const MIMALLOC_API: [(&str, u8); 43] = [
+const MIMALLOC_API: [(&str, u8); 44] = [
     ("malloc_small", op::MALLOC),
     ("zalloc", op::MALLOC),
     ("zalloc_small", op::MALLOC),
@@ -140,6 +140,7 @@ const MIMALLOC_API: [(&str, u8); 43] = [
     ("free_size_aligned", op::FREE),
     ("free_small", op::FREE),
     ("ufree", op::FREE),
+    ("heap_destroy", op::FREE_UNNAMED),
     ("heap_alloc_new", op::ALIGNED),
     ("heap_alloc_new_n", op::CALLOC | op::SHIFTED),
 ];
@@ -342,6 +343,7 @@ mod tests {
             ("mi_heap_recalloc_aligned", "mi_", op::REALLOCARRAY | op::SHIFTED),
             ("mi_heap_reallocf", "mi_", op::REALLOCF | op::SHIFTED),
             ("mi_reallocf", "mi_", op::REALLOCF),
+            ("mi_heap_destroy", "mi_", op::FREE_UNNAMED),
             ("mi_new_reallocn", "mi_", op::REALLOCARRAY),
             ("tc_newarray_nothrow", "tc_", op::MALLOC),
             ("tc_deletearray_sized", "tc_", op::FREE),
@@ -353,7 +355,6 @@ mod tests {
             assert_eq!(shape(name, prefix), Some(expected), "{name}");
         }
         for (name, prefix) in [
-            ("mi_heap_destroy", "mi_"),
             ("mi_heap_new", "mi_"),
             ("mi_usable_size", "mi_"),
             ("tc_mallocx", "tc_"),

@@ -2,6 +2,7 @@
 
 use super::breakpoint::Reason;
 use super::*;
+use leak_common::op;
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
@@ -261,4 +262,91 @@ fn damaged_files() {
             }
         }
     });
+}
+
+/// What a library made of this source has of allocators.
+fn contents(folder: &Path, source: &str, flags: &[&str]) -> choice::Contents {
+    let flags = [&["-shared", "-fPIC", "-O2", "-fno-builtin"][..], flags].concat();
+    let library = compile(folder, "made.so", source, &flags);
+    read(&File::open(library).expect("the library can be opened")).expect("the library can be read")
+}
+
+const JEMALLOC_LIKE: &str = "
+#include <stddef.h>
+static char arena[1 << 16]; static size_t used;
+__attribute__((noinline)) void *P(malloc)(size_t n) { used += n; return arena + used - n; }
+__attribute__((noinline)) void *P(mallocx)(size_t n, int f) { used += n + f; return arena + used - n; }
+__attribute__((noinline)) void P(free)(void *p) { used -= p != 0; }
+__attribute__((noinline)) void P(sdallocx)(void *p, size_t n, int f) { used -= p ? n + f : 1; }
+void *use(size_t n) { void *p = P(malloc)(n); P(free)(p); P(sdallocx)(p, n, 0); return P(mallocx)(n, 0); }
+";
+
+/// jemalloc under a prefix that nobody knows, which the library keeps to itself: found by its symbol table, and not without one.
+#[test]
+fn prefix_that_is_kept_inside() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let flags = ["-fvisibility=hidden", "-DP(x)=_xyz_##x"];
+    let found = contents(folder.path(), JEMALLOC_LIKE, &flags);
+    assert_eq!(found.families, [Some("jemalloc".to_owned())]);
+    let mut names: Vec<_> = found.points.iter().map(|point| point.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["_xyz_free", "_xyz_malloc", "_xyz_mallocx", "_xyz_sdallocx"]);
+    assert_eq!(contents(folder.path(), JEMALLOC_LIKE, &[&flags[..], &["-s"]].concat()).points, []);
+}
+
+/// A malloc and free that a library keeps to itself are its own affair, and so are wrappers of another name.
+#[test]
+fn functions_that_only_have_the_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let found = contents(folder.path(), OWN_ALLOCATOR, &["-fvisibility=hidden"]);
+    assert_eq!(found.points, [], "hidden");
+    let source = "#include <stdlib.h>\nvoid *xmalloc(size_t n) { return malloc(n + 8); }\nvoid xfree(void *p) { free(p); }\n\
+                  void *tc_malloc(size_t n) { return malloc(n); }";
+    assert_eq!(contents(folder.path(), source, &[]).points, [], "wrappers, and half an allocator");
+}
+
+/// Operators beside an allocator: left out, all of them, where what they hand out comes from malloc on every way; probed, all of
+/// them, where it may not, even if delete does nothing but call free.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn operators_that_wrap() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let with = |news: &str| {
+        let source = format!(
+            "{OWN_ALLOCATOR}\n#include <stdlib.h>\nstatic char own[4096]; static size_t taken;\n{news}\n\
+             __attribute__((noinline)) void *_Znam(size_t n) {{ void *p = _Znwm(n); __asm__ volatile(\"\" : \"+r\"(p)); return p; }}\n\
+             void _ZdlPv(void *p) {{ free(p); }}\nvoid _ZdaPv(void *p) {{ free(p ? (char *)p - 8 : p); }}\n"
+        );
+        let found = contents(folder.path(), &source, &[]);
+        assert!(found.points.iter().any(|p| p.is("malloc")), "{:?}", found.points);
+        ["_Znwm", "_Znam", "_ZdlPv", "_ZdaPv"].map(|name| found.points.iter().any(|p| p.is(name)))
+    };
+    let always = "void *_Znwm(size_t n) { char *p; while (!(p = malloc(n ? n : 1))) if (taken) abort(); else taken = n; return p; }";
+    assert_eq!(with(always), [false; 4]);
+    let sometimes =
+        "void *_Znwm(size_t n) { if (n > 64) return (char *)malloc(n + 8) + 8; taken += n; return own + taken - n; }";
+    assert_eq!(with(sometimes), [true; 4]);
+}
+
+/// A function that jumps on with the arguments that it got is another name of where it leads; one of other arguments is not.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn names_of_one_function() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let source = format!(
+        "{}\n__attribute__((noinline)) void *memalign(size_t a, size_t n) {{ return malloc(a + n); }}\n\
+         void *aligned_alloc(size_t a, size_t n) {{ return memalign(a, n); }}\n\
+         void *valloc(size_t n) {{ return malloc(n); }}\nvoid free_sized(void *p, size_t n) {{ (void)n; free(p); }}\n",
+        OWN_ALLOCATOR.replace("void cfree", "void unused_cfree")
+    );
+    for flags in [&[][..], &["-Wl,-Bsymbolic", "-Wl,-z,now"]] {
+        let found = contents(folder.path(), &source, flags);
+        let mut names: Vec<_> = found.points.iter().map(|point| (point.name.as_str(), point.shape)).collect();
+        names.sort_unstable();
+        let expected = [("free", op::FREE), ("malloc", op::MALLOC), ("memalign", op::ALIGNED)];
+        assert_eq!(names, expected, "{flags:?}");
+        for (name, alias) in [("aligned_alloc", "memalign"), ("free", "free_sized"), ("malloc", "valloc")] {
+            assert!(found.points.iter().any(|point| point.is(name) && point.is(alias)), "{flags:?} {:?}", found.points);
+        }
+    }
 }
