@@ -376,6 +376,7 @@ impl Found {
 }
 
 /// A file's code and slots.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "nobody asks there"))]
 struct Code<'a> {
     elf: &'a Elf<'a>,
     slots: HashMap<u64, Target>,

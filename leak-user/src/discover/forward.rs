@@ -8,6 +8,7 @@
 //! is always no.
 
 /// Reads code, and tells where calls through the global offset table lead.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the answer is always no there"))]
 pub trait Program {
     /// Up to `len` bytes of code at an address, fewer at its end.
     fn code(&self, address: u64, len: usize) -> Vec<u8>;
