@@ -73,13 +73,14 @@ pub struct Header {
     pub tgid: u32,
 }
 
-/// Which shape of allocator function was called.
+/// Which shape of allocator function was called: where its arguments are and what its result means. The cookie of a probe is
+/// one of these, with [`op::SHIFTED`] where that applies; a record carries it without.
 pub mod op {
-    /// One size argument: malloc, valloc, pvalloc.
+    /// A size comes first: malloc, valloc, pvalloc, mallocx, operator new.
     pub const MALLOC: u8 = 1;
     /// Two factors: calloc.
     pub const CALLOC: u8 = 2;
-    /// Alignment, then size: `aligned_alloc`, memalign.
+    /// The size comes second: `aligned_alloc`, memalign, and what takes a heap and a size.
     pub const ALIGNED: u8 = 3;
     /// Pointer, then size.
     pub const REALLOC: u8 = 4;
@@ -89,8 +90,28 @@ pub mod op {
     pub const POSIX_MEMALIGN: u8 = 6;
     /// The mmap, mremap and brk system calls.
     pub const MAPPING: u8 = 7;
-    /// Releases the block that is its first argument: free, cfree, `free_sized`, `free_aligned_sized`.
+    /// Releases the block that is its first argument: free, sdallocx, operator delete and the like.
     pub const FREE: u8 = 8;
+    /// jemalloc's xallocx: pointer, size, extra. The block stays where it is; the result is its real size afterwards, which is
+    /// less than the size asked for where that failed.
+    pub const XALLOCX: u8 = 9;
+    /// As [`REALLOC`], but a block that cannot be resized is released: reallocf.
+    pub const REALLOCF: u8 = 10;
+    /// Pointer, size until now, alignment, new size: Rust's `__rust_realloc`.
+    pub const RUST_REALLOC: u8 = 11;
+
+    /// Releases blocks that it does not name: mimalloc's `mi_heap_destroy`. Which ones is not known, so it counts as a lost free.
+    pub const FREE_UNNAMED: u8 = 12;
+
+    /// All arguments come one later, because the first names a heap (mimalloc's `mi_heap_calloc` and the like).
+    pub const SHIFTED: u8 = 0x40;
+
+    /// Whether the function resizes a block that it is given.
+    #[must_use]
+    #[inline]
+    pub const fn resizes(op: u8) -> bool {
+        matches!(op, REALLOC | REALLOCARRAY | XALLOCX | REALLOCF | RUST_REALLOC)
+    }
 }
 
 /// An allocation that succeeded.
@@ -249,7 +270,8 @@ pub mod counter {
     pub const RING_FULL_ALLOC: u32 = 0;
     /// Free records that found the ring full and went to the overflow map.
     pub const RING_FULL_FREE: u32 = 1;
-    /// Free records that found both the ring and the overflow map full; each raises the epoch.
+    /// Free records that found both the ring and the overflow map full, and calls of [`crate::op::FREE_UNNAMED`]; each raises the
+    /// epoch.
     pub const FREE_LOST: u32 = 2;
     /// Stack records that found the ring full; they are sent again with the next allocation from that stack.
     pub const RING_FULL_STACK: u32 = 3;

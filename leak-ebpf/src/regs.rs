@@ -40,6 +40,20 @@ mod arch {
         }
     }
 
+    /// The first four arguments of a function; volatile as above.
+    #[inline(always)]
+    pub fn arguments(regs: &Registers) -> [u64; 4] {
+        // SAFETY: fields of a live structure.
+        unsafe {
+            [
+                core::ptr::read_volatile(&raw const regs.rdi),
+                core::ptr::read_volatile(&raw const regs.rsi),
+                core::ptr::read_volatile(&raw const regs.rdx),
+                core::ptr::read_volatile(&raw const regs.rcx),
+            ]
+        }
+    }
+
     /// The first, second, ... argument of a system call; not those of a function (rcx is r10 here).
     #[inline(always)]
     pub fn syscall_args(regs: &Registers) -> [u64; 5] {
@@ -88,6 +102,20 @@ mod arch {
     #[inline(always)]
     pub fn frame(regs: &Registers) -> Frame {
         Frame { pc: regs.pc, sp: regs.sp, fp: regs.regs[29], link: code_address(regs.regs[30]), result: regs.regs[0] }
+    }
+
+    /// The first four arguments of a function, volatile as on x86-64.
+    #[inline(always)]
+    pub fn arguments(regs: &Registers) -> [u64; 4] {
+        // SAFETY: fields of a live structure.
+        unsafe {
+            [
+                core::ptr::read_volatile(&raw const regs.regs[0]),
+                core::ptr::read_volatile(&raw const regs.regs[1]),
+                core::ptr::read_volatile(&raw const regs.regs[2]),
+                core::ptr::read_volatile(&raw const regs.regs[3]),
+            ]
+        }
     }
 
     #[inline(always)]

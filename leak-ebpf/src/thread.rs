@@ -32,6 +32,8 @@ pub struct Thread {
     pub size: u64,
     /// realloc's old block, or where `posix_memalign` will put the address.
     pub pointer: u64,
+    /// xallocx: how many bytes more than `size` it may take.
+    pub extra: u64,
     pub stack: u64,
     pub time: u64,
     pub call: SystemCall,

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 pub use crate::cli::Format;
 use crate::cli::{Feature, Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
+use crate::discover::Named;
 
 /// The kernel's upper bound of process ids (`PID_MAX_LIMIT`).
 const PID_MAX: u32 = 1 << 22;
@@ -49,8 +50,8 @@ pub struct Config {
     pub unwind: Unwind,
     /// Bytes of kernel memory for unwind tables.
     pub unwind_memory: u64,
-    /// Files to take as allocators although they are not found by themselves; paths as the target sees them.
-    pub allocators: Vec<PathBuf>,
+    /// Allocators that are not found by themselves.
+    pub allocators: Vec<Named>,
     pub resources: Resources,
     pub fail_on_leak: bool,
     /// Trace the children of traced processes too.
@@ -305,22 +306,27 @@ fn file(option: &str, path: PathBuf) -> Result<PathBuf, UsageError> {
     Ok(path)
 }
 
-fn allocator(value: OsString) -> Result<PathBuf, UsageError> {
+fn allocator(value: OsString) -> Result<Named, UsageError> {
     let text = value.to_string_lossy().into_owned();
-    let bytes = value.into_vec();
+    let mut bytes = value.into_vec();
     // A colon in the middle of a path, as in /opt/a:b/lib.so, is not the one before a prefix.
     let colon = bytes.iter().rposition(|&byte| byte == b':').filter(|&at| !bytes[at..].contains(&b'/'));
-    if colon.unwrap_or(bytes.len()) == 0 || bytes.ends_with(b"/") || colon.is_some_and(|at| bytes[..at].ends_with(b"/"))
-    {
+    let prefix = colon.map(|at| bytes.split_off(at).split_off(1));
+    if bytes.is_empty() || bytes.ends_with(b"/") {
         return Err(UsageError::value("--allocator", &text, "must be the path of a program or library"));
     }
-    if colon.is_some() {
-        return Err(UsageError::not_yet(
-            &format!("--allocator {}", text.escape_debug()),
-            "a file can be named, a prefix of its functions cannot; leave ':PREFIX' out",
-        ));
-    }
-    Ok(OsString::from_vec(bytes).into())
+    let symbol = |prefix: &[u8]| {
+        !prefix.is_empty() && prefix.iter().all(|&byte| byte.is_ascii_alphanumeric() || b"_$.".contains(&byte))
+    };
+    let prefix = match prefix {
+        None => None,
+        Some(prefix) if symbol(&prefix) => String::from_utf8(prefix).ok(),
+        Some(_) => {
+            let must = "must have after the ':' what its functions' names have before malloc and free, such as je_";
+            return Err(UsageError::value("--allocator", &text, must));
+        }
+    };
+    Ok(Named { path: OsString::from_vec(bytes).into(), prefix })
 }
 
 #[cfg(test)]
@@ -395,6 +401,8 @@ mod tests {
             "fp",
             "--allocator",
             "/opt/a:b/libx.so",
+            "--allocator",
+            "/opt/a:b/libx.so:je_",
             "--resource",
             "mmap",
             "--fail-on-leak",
@@ -413,7 +421,8 @@ mod tests {
         assert_eq!(c.output, Some("out/report.jsonl".into()));
         assert_eq!((c.min_size, c.max_size), (65_536, 1_572_864));
         assert_eq!(c.older_than, Duration::from_secs(10));
-        assert_eq!(c.allocators, [PathBuf::from("/opt/a:b/libx.so")]);
+        let named = |prefix: Option<&str>| Named { path: "/opt/a:b/libx.so".into(), prefix: prefix.map(str::to_owned) };
+        assert_eq!(c.allocators, [named(None), named(Some("je_"))]);
         assert_eq!(c.resources, Resources { heap: false, mmap: true });
         assert_eq!(c.record, Some("s.rec".into()));
         assert_eq!(config(&["-p", "7,8", "-p", "9"]).target, Target::Pids(vec![7, 8, 9]));
@@ -454,6 +463,9 @@ mod tests {
             (&["--max-overhead", "nan"], "--max-overhead", "'nan'", "above 0"),
             (&["--max-overhead", "101"], "--max-overhead", "'101'", "up to 100"),
             (&["--allocator", ":je_"], "--allocator", "':je_'", "path"),
+            (&["--allocator", "/lib/:je_"], "--allocator", "'/lib/:je_'", "path"),
+            (&["--allocator", "/lib/libx.so:"], "--allocator", "'/lib/libx.so:'", "je_"),
+            (&["--allocator", "/lib/libx.so:a b"], "--allocator", "'/lib/libx.so:a b'", "je_"),
             (&["-o", "reports/"], "--output", "'reports/'", "path of a file"),
         ];
         for (args, option, value, accepted) in cases {
@@ -480,7 +492,7 @@ mod tests {
     /// An option whose feature does not exist yet says so instead of doing nothing.
     #[test]
     fn what_is_not_in_this_version() {
-        for args in [["--sample", "512K"], ["--max-overhead", "2%"], ["--allocator", "/usr/lib/libx.so:je_"]] {
+        for args in [["--sample", "512K"], ["--max-overhead", "2%"]] {
             let text = check(&[args[0], args[1], "-p", "7"]).unwrap_err().to_string();
             assert!(text.contains("not in this version") && text.contains(args[0]) && text.contains(args[1]), "{text}");
         }

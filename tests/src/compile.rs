@@ -48,6 +48,8 @@ pub struct Program {
     source: PathBuf,
     name: String,
     flags: Vec<String>,
+    /// What stands behind the source, for the linker.
+    libraries: Vec<String>,
 }
 
 impl Program {
@@ -73,6 +75,7 @@ impl Program {
             source: fixtures().join(name).with_extension(extension),
             name: name.to_owned(),
             flags: language.flags().iter().map(|&flag| flag.to_owned()).collect(),
+            libraries: Vec::new(),
         }
     }
 
@@ -109,6 +112,13 @@ impl Program {
         self
     }
 
+    /// Links a library (`-ljemalloc`) or an archive, after what is given already.
+    #[must_use]
+    pub fn link(mut self, library: &str) -> Self {
+        self.libraries.push(library.to_owned());
+        self
+    }
+
     /// Whether it is in C++, so that the compiler for it is another.
     pub fn is_cpp(&self) -> bool {
         self.language == Language::Cpp
@@ -125,7 +135,7 @@ impl Program {
     pub fn file_name(&self) -> String {
         let stem = self.source.file_stem().unwrap_or_default().to_string_lossy();
         let usual = self.language.flags().len();
-        self.flags.iter().skip(usual).fold(stem.into_owned(), |name, flag| name + flag)
+        self.flags.iter().skip(usual).chain(&self.libraries).fold(stem.into_owned(), |name, flag| name + flag)
     }
 
     /// The compiled program. Compiles only if this content has not been compiled with these flags yet.
@@ -146,6 +156,7 @@ impl Program {
         self.language.hash(&mut hasher);
         self.other_compiler.hash(&mut hasher);
         self.flags.hash(&mut hasher);
+        self.libraries.hash(&mut hasher);
         // The name alone is a folder: the program's own name is what /proc shows as comm.
         let folder = folder.join(format!("{:016x}", hasher.finish()));
         let program = folder.join(&self.name);
@@ -173,6 +184,7 @@ impl Program {
             .arg("-o")
             .arg(&output_file)
             .arg(&self.source)
+            .args(&self.libraries)
             .output()
             .with_context(|| format!("failed to start {}", compiler.display()))?;
         if !output.status.success() {

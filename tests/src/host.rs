@@ -70,6 +70,26 @@ pub fn find(program: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 
+/// The path of a library or archive of the system that programs are linked with, `libjemalloc.so`, if it is installed.
+#[must_use]
+pub fn find_library(name: &str) -> Option<PathBuf> {
+    let triplets = fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path());
+    let folders = ["/usr/lib64", "/usr/lib", "/lib64", "/usr/local/lib"].map(PathBuf::from);
+    // Debian has a folder for each kind of machine; one for another libc is not meant.
+    let own = triplets.filter(|folder| folder.to_string_lossy().ends_with("-linux-gnu"));
+    own.chain(folders).map(|folder| folder.join(name)).find(|file| file.is_file())
+}
+
+/// The same for what `test` needs. Where it is not there, the test has been reported as skipped and should return.
+#[must_use]
+pub fn library(test: &str, name: &str) -> Option<PathBuf> {
+    let found = find_library(name);
+    if found.is_none() {
+        skip(test, &format!("{name} is not installed"));
+    }
+    found
+}
+
 /// Reports `test` as skipped; always false, for use as an answer.
 ///
 /// # Panics

@@ -21,7 +21,7 @@ use crate::vm;
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
-const SYSTEM_PROGRAMS: [(&str, &str); 10] = [
+const SYSTEM_PROGRAMS: [(&str, &str); 12] = [
     ("c++", "g++"),
     ("python3", "python3"),
     ("sqlite3", "sqlite3"),
@@ -33,6 +33,15 @@ const SYSTEM_PROGRAMS: [(&str, &str); 10] = [
     // pgbench is with the server.
     ("initdb", "postgresql"),
     ("readelf", "binutils"),
+    ("musl-gcc", "musl-tools"),
+    ("xz", "xz-utils"),
+];
+
+/// The same for libraries that programs are linked with.
+const SYSTEM_LIBRARIES: [(&str, &str); 3] = [
+    ("libjemalloc.so", "libjemalloc-dev"),
+    ("libtcmalloc_minimal.so", "libgoogle-perftools-dev"),
+    ("libmimalloc.so", "libmimalloc-dev"),
 ];
 
 /// What Debian's packages ask whether they may start the service that they bring; 101 forbids it.
@@ -146,16 +155,17 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
     Ok(exit_code(status))
 }
 
-/// Installs the system programs that tests want, where that takes no question: as root, with apt. Elsewhere, and where
+/// Installs the system programs and libraries that tests want, where that takes no question: as root, with apt. Elsewhere, and where
 /// it fails, the tests that need them say so.
 fn bring_system_programs() {
-    let missing: Vec<_> = SYSTEM_PROGRAMS.iter().filter(|(program, _)| host::find(program).is_none()).collect();
-    if missing.is_empty() {
+    let programs = SYSTEM_PROGRAMS.iter().filter(|(program, _)| host::find(program).is_none());
+    let libraries = SYSTEM_LIBRARIES.iter().filter(|(library, _)| host::find_library(library).is_none());
+    let packages: Vec<&str> = programs.chain(libraries).map(|(_, package)| *package).collect();
+    if packages.is_empty() {
         return;
     }
-    let packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
     if !is_root() || find_in_path("apt-get").is_none() {
-        eprintln!("test: some tests need programs that are not installed: {}", packages.join(", "));
+        eprintln!("test: some tests need packages that are not installed: {}", packages.join(", "));
         return;
     }
     eprintln!("test: installing {}", packages.join(", "));

@@ -86,30 +86,27 @@ fn product(a: u64, b: u64) -> Option<u64> {
     Some((high << 32).wrapping_add(low))
 }
 
-/// Records that an allocation began. `pointer`: realloc's block, or where `posix_memalign` will put the address.
+/// Records that an allocation began.
 #[inline(always)]
-fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8, size: u64, pointer: u64) -> u32 {
+fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8, arguments: Arguments) -> u32 {
+    let Arguments { size, pointer, extra } = arguments;
     let now = now();
-    let resizes = (op == op::REALLOC || op == op::REALLOCARRAY) && pointer != 0;
-    let mut tail_call = false;
+    let resizes = op::resizes(op) && pointer != 0;
     if thread.sp != 0 {
-        if thread.is_nested(frame.sp, now) {
+        // The same sp in another function is a tail call, if the return probe of the caller still stands there: what it
+        // returns is what the caller returns, so it is part of that call like any that is nested. Otherwise it is a new call,
+        // and the recorded one never returned.
+        if thread.is_nested(frame.sp, now)
+            || (frame.sp == thread.sp && frame.pc != thread.pc && returns::to_trampoline(ids.tgid, frame))
+        {
             count(counter::NESTED);
             return NO_RETURN;
         }
-        // The same sp in another function is a tail call (reallocarray jumps to realloc), if the return probe of the caller
-        // still stands there: the callee takes the caller's place. Otherwise it is a new call, and the recorded one never
-        // returned.
-        if frame.sp == thread.sp && frame.pc != thread.pc && returns::to_trampoline(ids.tgid, frame) {
-            tail_call = true;
-        } else {
-            count(counter::ABANDONED);
-        }
+        count(counter::ABANDONED);
         thread.sp = 0;
     }
-    let announced = tail_call && thread.pointer == pointer;
     if !size_is_followed(size) {
-        if resizes && !announced {
+        if resizes {
             emit_free(ids.tgid, pointer, now);
         }
         // Remembered all the same: what it maps meanwhile is the allocator's.
@@ -120,7 +117,7 @@ fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8
         thread.sp = frame.sp;
         return WITH_RETURN;
     }
-    if resizes && !announced {
+    if resizes {
         let begin = ReallocBegin {
             header: header(kind::REALLOC_BEGIN, op, 0, ids.tgid),
             addr: pointer,
@@ -138,12 +135,9 @@ fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8
     thread.op = u64::from(op);
     thread.size = size;
     thread.pointer = pointer;
-    // In a tail call the caller's return probe has replaced the return address by its trampoline, and the stack is the
-    // one that was taken then.
+    thread.extra = extra;
     thread.sp = frame.sp;
-    if !tail_call {
-        stack::take(ctx.as_ptr(), thread, frame, For::Call, op);
-    }
+    stack::take(ctx.as_ptr(), thread, frame, For::Call, op);
     WITH_RETURN
 }
 
@@ -193,12 +187,24 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             }
         }
     }
-    let resized = (called == op::REALLOC || called == op::REALLOCARRAY) && thread.pointer != 0;
-    if resized {
+    let mut size = thread.size;
+    if called == op::XALLOCX {
+        addr = 0;
+        // Real sizes are those of the allocator's classes: of what was asked for it may be less or more.
+        if result >= size {
+            addr = thread.pointer;
+            size = result.min(size.saturating_add(thread.extra));
+        }
+    }
+    if called == op::REALLOCF && addr == 0 {
+        // It has released the block: as realloc to nothing.
+        size = 0;
+    }
+    if op::resizes(called) && thread.pointer != 0 {
         let end = ReallocEnd {
             header: header(kind::REALLOC_END, called, 0, ids.tgid),
             addr,
-            size: thread.size,
+            size,
             stack: thread.stack,
             time: now(),
             tid: ids.tid,
@@ -222,17 +228,34 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     0
 }
 
-/// The arguments that matter, (size, pointer), by shape of function; `None` where the allocator will refuse the call.
+/// The arguments that matter.
+#[derive(Clone, Copy)]
+struct Arguments {
+    size: u64,
+    /// realloc's block, or where `posix_memalign` will put the address.
+    pointer: u64,
+    /// See [`Thread::extra`].
+    extra: u64,
+}
+
+/// The arguments that matter, by shape of function; `None` where the allocator will refuse the call.
 #[inline(always)]
-fn arguments(ctx: &ProbeContext, shape: u8) -> Option<(u64, u64)> {
-    match shape {
-        op::CALLOC => product(argument(ctx, 0), argument(ctx, 1)).map(|size| (size, 0)),
-        op::ALIGNED => Some((argument(ctx, 1), 0)),
-        op::REALLOC => Some((argument(ctx, 1), argument(ctx, 0))),
-        op::REALLOCARRAY => product(argument(ctx, 1), argument(ctx, 2)).map(|size| (size, argument(ctx, 0))),
-        op::POSIX_MEMALIGN => Some((argument(ctx, 2), argument(ctx, 0))),
-        _ => Some((argument(ctx, 0), 0)),
-    }
+fn arguments(ctx: &ProbeContext, shape: u8) -> Option<Arguments> {
+    // SAFETY: the context of a uprobe program is its pt_regs.
+    let given = regs::arguments(unsafe { &*ctx.regs });
+    let [first, second, third] =
+        if shape & op::SHIFTED == 0 { [given[0], given[1], given[2]] } else { [given[1], given[2], given[3]] };
+    let (size, pointer, extra) = match shape & !op::SHIFTED {
+        op::CALLOC => (product(first, second)?, 0, 0),
+        op::ALIGNED => (second, 0, 0),
+        op::REALLOC | op::REALLOCF => (second, first, 0),
+        op::REALLOCARRAY => (product(second, third)?, first, 0),
+        op::POSIX_MEMALIGN => (third, first, 0),
+        op::XALLOCX => (second, first, third),
+        op::RUST_REALLOC => (given[3], first, 0),
+        _ => (first, 0, 0),
+    };
+    Some(Arguments { size, pointer, extra })
 }
 
 /// The entry of any function. What it returns only a session program may return.
@@ -246,8 +269,12 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids
     let Some(thread) = thread.or_else(|| new(ids)) else {
         return NO_RETURN;
     };
+    if shape == op::FREE_UNNAMED {
+        count(counter::FREE_LOST);
+        return NO_RETURN;
+    }
     match arguments(ctx, shape) {
-        Some((size, pointer)) => enter(ctx, thread, ids, frame, shape, size, pointer),
+        Some(arguments) => enter(ctx, thread, ids, frame, shape & !op::SHIFTED, arguments),
         None => NO_RETURN,
     }
 }
@@ -343,6 +370,14 @@ entry!(enter_realloc, op::REALLOC);
 entry!(enter_reallocarray, op::REALLOCARRAY);
 entry!(enter_posix, op::POSIX_MEMALIGN);
 entry!(enter_free, op::FREE);
+entry!(enter_free_unnamed, op::FREE_UNNAMED);
+entry!(enter_xallocx, op::XALLOCX);
+entry!(enter_reallocf, op::REALLOCF);
+entry!(enter_rust_realloc, op::RUST_REALLOC);
+entry!(enter_heap_calloc, op::CALLOC | op::SHIFTED);
+entry!(enter_heap_realloc, op::REALLOC | op::SHIFTED);
+entry!(enter_heap_reallocarray, op::REALLOCARRAY | op::SHIFTED);
+entry!(enter_heap_reallocf, op::REALLOCF | op::SHIFTED);
 
 /// Goes on with the walk of a call's stack, where the kernel has no `bpf_loop`.
 #[uprobe]

@@ -88,6 +88,10 @@ fn object(own_ring: bool) -> Result<Cow<'static, [u8]>> {
 
 /// The entry program of a shape of function, where each has its own.
 fn entry_program(shape: u8) -> &'static str {
+    const HEAP_CALLOC: u8 = op::CALLOC | op::SHIFTED;
+    const HEAP_REALLOC: u8 = op::REALLOC | op::SHIFTED;
+    const HEAP_REALLOCARRAY: u8 = op::REALLOCARRAY | op::SHIFTED;
+    const HEAP_REALLOCF: u8 = op::REALLOCF | op::SHIFTED;
     match shape {
         op::CALLOC => "enter_calloc",
         op::ALIGNED => "enter_aligned",
@@ -95,6 +99,14 @@ fn entry_program(shape: u8) -> &'static str {
         op::REALLOCARRAY => "enter_reallocarray",
         op::POSIX_MEMALIGN => "enter_posix",
         op::FREE => "enter_free",
+        op::FREE_UNNAMED => "enter_free_unnamed",
+        op::XALLOCX => "enter_xallocx",
+        op::REALLOCF => "enter_reallocf",
+        op::RUST_REALLOC => "enter_rust_realloc",
+        HEAP_CALLOC => "enter_heap_calloc",
+        HEAP_REALLOC => "enter_heap_realloc",
+        HEAP_REALLOCARRAY => "enter_heap_reallocarray",
+        HEAP_REALLOCF => "enter_heap_reallocf",
         _ => "enter_malloc",
     }
 }
@@ -150,7 +162,7 @@ pub struct Places {
 /// One probed function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Point {
-    /// One of `leak_common::op`.
+    /// One of `leak_common::op`, with `SHIFTED` where that applies.
     pub shape: u8,
     /// Offset in the file of the instruction that the breakpoint replaces.
     pub offset: u64,
@@ -642,6 +654,14 @@ fn load_uprobes(objects: &Objects, kind: UprobeKind) -> Result<HashMap<&'static 
             "enter_reallocarray",
             "enter_posix",
             "enter_free",
+            "enter_free_unnamed",
+            "enter_xallocx",
+            "enter_reallocf",
+            "enter_rust_realloc",
+            "enter_heap_calloc",
+            "enter_heap_realloc",
+            "enter_heap_reallocarray",
+            "enter_heap_reallocf",
             "leave_any",
         ],
     };

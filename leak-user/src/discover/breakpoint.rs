@@ -115,6 +115,9 @@ pub fn place(code: &[u8], size: Option<usize>, kernel: Emulation) -> Placement {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) use x86_64::preserves as preserves_arguments;
+
+#[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use super::{Emulation, MAX_FUNCTION, Placement, Reason};
     use iced_x86::{
@@ -215,7 +218,7 @@ mod x86_64 {
     }
 
     /// Whether after the instruction comes the next one, with all that matters as it was.
-    fn preserves(instruction: &Instruction, info: &mut InstructionInfoFactory) -> bool {
+    pub fn preserves(instruction: &Instruction, info: &mut InstructionInfoFactory) -> bool {
         if instruction.flow_control() != FlowControl::Next || instruction.is_stack_instruction() {
             return false;
         }

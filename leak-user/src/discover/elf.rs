@@ -1,135 +1,16 @@
-//! Reads from an ELF file which functions of an allocator it defines, and where they are.
+//! Reads ELF files: their symbols, where those are in the file, and what calls through the global offset table lead to. Which
+//! of the symbols matter is [`super::choice`]'s business.
 //!
 //! Files come from the traced process and may hold anything. They are read piecewise with bounds, not mapped into memory: a
 //! mapped file that its owner cuts short would end this program with a signal.
 
 use super::breakpoint::{self, Emulation, Placement};
-use leak_common::op;
+use super::names::MAX_NAME;
 use object::elf;
-use object::read::elf::{Dyn as _, FileHeader, NoteIterator, ProgramHeader, SectionHeader, Sym};
+use object::read::elf::{Dyn as _, FileHeader, NoteIterator, ProgramHeader, Rela as _, SectionHeader, Sym};
 use object::{Endianness, ReadCache, ReadRef};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-
-/// A function that hands out memory or takes it back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Function {
-    Malloc,
-    Calloc,
-    Realloc,
-    Reallocarray,
-    PosixMemalign,
-    AlignedAlloc,
-    Memalign,
-    Valloc,
-    Pvalloc,
-    Free,
-    Cfree,
-    FreeSized,
-    FreeAlignedSized,
-}
-
-impl Function {
-    pub const ALL: [Self; 13] = [
-        Self::Malloc,
-        Self::Calloc,
-        Self::Realloc,
-        Self::Reallocarray,
-        Self::PosixMemalign,
-        Self::AlignedAlloc,
-        Self::Memalign,
-        Self::Valloc,
-        Self::Pvalloc,
-        Self::Free,
-        Self::Cfree,
-        Self::FreeSized,
-        Self::FreeAlignedSized,
-    ];
-
-    /// The symbol's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Malloc => "malloc",
-            Self::Calloc => "calloc",
-            Self::Realloc => "realloc",
-            Self::Reallocarray => "reallocarray",
-            Self::PosixMemalign => "posix_memalign",
-            Self::AlignedAlloc => "aligned_alloc",
-            Self::Memalign => "memalign",
-            Self::Valloc => "valloc",
-            Self::Pvalloc => "pvalloc",
-            Self::Free => "free",
-            Self::Cfree => "cfree",
-            Self::FreeSized => "free_sized",
-            Self::FreeAlignedSized => "free_aligned_sized",
-        }
-    }
-
-    /// What its arguments mean, one of [`leak_common::op`].
-    pub fn op(self) -> u8 {
-        match self {
-            Self::Malloc | Self::Valloc | Self::Pvalloc => op::MALLOC,
-            Self::Calloc => op::CALLOC,
-            Self::Realloc => op::REALLOC,
-            Self::Reallocarray => op::REALLOCARRAY,
-            Self::PosixMemalign => op::POSIX_MEMALIGN,
-            Self::AlignedAlloc | Self::Memalign => op::ALIGNED,
-            Self::Free | Self::Cfree | Self::FreeSized | Self::FreeAlignedSized => op::FREE,
-        }
-    }
-
-    fn of_symbol(name: &[u8]) -> Option<Self> {
-        Self::ALL.into_iter().find(|f| f.name().as_bytes() == name)
-    }
-}
-
-/// A place for a probe.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProbePoint {
-    pub function: Function,
-    /// Other names of the same code with the same arguments.
-    pub aliases: Vec<Function>,
-    /// File offset of the function's first instruction.
-    pub entry: u64,
-    /// File offset of the breakpoint.
-    pub offset: u64,
-    /// How the breakpoint got there.
-    pub placement: Placement,
-}
-
-impl ProbePoint {
-    /// See [`Function::op`].
-    pub fn op(&self) -> u8 {
-        self.function.op()
-    }
-
-    /// Whether the breakpoint stands on the function's first instruction.
-    pub fn at_entry(&self) -> bool {
-        self.offset == self.entry
-    }
-}
-
-/// What an ELF file says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Contents {
-    /// By file offset.
-    pub points: Vec<ProbePoint>,
-    /// Functions that are there but cannot be probed, and why.
-    pub unprobed: Vec<(Function, &'static str)>,
-    /// Lower-case hexadecimal digits.
-    pub build_id: Option<String>,
-    /// The release of the C library, such as `2.36`, if it is glibc and tells.
-    pub glibc: Option<String>,
-}
-
-impl Contents {
-    /// Whether a program can get memory here and give it back. A lone `cfree` or `valloc` is somebody's function of that name.
-    pub fn is_allocator(&self) -> bool {
-        let has = |f| self.points.iter().any(|p| p.function == f || p.aliases.contains(&f));
-        has(Function::Malloc) && has(Function::Free)
-    }
-}
 
 /// Why a file was not looked into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,12 +36,15 @@ impl std::error::Error for Unusable {}
 /// The largest piece of a file that is read at once, in bytes: a table of five million symbols.
 const MAX_PIECE: u64 = 128 << 20;
 
+/// More slots of one file are not looked at.
+const MAX_SLOTS: usize = 1 << 20;
+
 /// A build id is 20 bytes as a rule; longer ones are cut off.
 const MAX_BUILD_ID: usize = 64;
 
 /// Reads of a file that refuse pieces over [`MAX_PIECE`].
 #[derive(Clone, Copy)]
-struct Bounded<'a>(&'a ReadCache<&'a File>);
+pub struct Bounded<'a>(pub &'a ReadCache<&'a File>);
 
 impl<'a> ReadRef<'a> for Bounded<'a> {
     fn len(self) -> Result<u64, ()> {
@@ -184,55 +68,34 @@ const MACHINE: u16 = elf::EM_AARCH64;
 type Header = elf::FileHeader64<Endianness>;
 type Segment = elf::ProgramHeader64<Endianness>;
 type Section = elf::SectionHeader64<Endianness>;
-type Symbol = elf::Sym64<Endianness>;
+type RawSymbol = elf::Sym64<Endianness>;
+
+/// Relocations that put a function's address into a slot: calls through the procedure linkage table, and other uses.
+#[cfg(target_arch = "x86_64")]
+const SLOT_RELOCATIONS: [u32; 2] = [elf::R_X86_64_JUMP_SLOT, elf::R_X86_64_GLOB_DAT];
+#[cfg(target_arch = "x86_64")]
+const OWN_RELOCATION: u32 = elf::R_X86_64_RELATIVE;
+#[cfg(target_arch = "aarch64")]
+const SLOT_RELOCATIONS: [u32; 2] = [elf::R_AARCH64_JUMP_SLOT, elf::R_AARCH64_GLOB_DAT];
+#[cfg(target_arch = "aarch64")]
+const OWN_RELOCATION: u32 = elf::R_AARCH64_RELATIVE;
+
+/// What the dynamic linker puts into a slot.
+#[derive(Clone, Copy, Debug)]
+pub enum Slot<'a> {
+    /// The address of what has this name.
+    Symbol(Symbol<'a>),
+    /// An address in this file.
+    Own(u64),
+}
 
 /// A file that has been opened as ELF.
-struct Elf<'a> {
+pub struct Elf<'a> {
     file: &'a File,
     data: Bounded<'a>,
     endian: Endianness,
     header: &'a Header,
     segments: &'a [Segment],
-}
-
-/// Reads what the file defines.
-pub fn read(file: &File, kernel: Emulation) -> Result<Contents, Unusable> {
-    let cache = ReadCache::new(file);
-    let elf = Elf::open(file, Bounded(&cache))?;
-    let mut contents = Contents { build_id: elf.build_id(), ..Contents::default() };
-    let Some(SymbolTable { symbols, strings }) = elf.symbols()? else { return Ok(contents) };
-    let mut candidates = Vec::new();
-    for symbol in symbols.iter().filter(|s| !s.is_undefined(elf.endian)) {
-        let name = name(symbol, strings, elf.endian);
-        if name == b"gnu_get_libc_version" {
-            contents.glibc = elf.glibc_release(symbol);
-        }
-        candidates.extend(Function::of_symbol(name).map(|function| (function, symbol)));
-    }
-    // By place and kind of arguments: several names, and several versions of a name, may share code.
-    let mut found: BTreeMap<(u64, u8), ProbePoint> = BTreeMap::new();
-    for &(function, symbol) in candidates.iter().filter(|c| is_principal(**c, &candidates)) {
-        match elf.locate(symbol) {
-            Err(why) => contents.unprobed.push((function, why)),
-            Ok(entry) => {
-                let placement = elf.place(entry, symbol.st_size(elf.endian), kernel);
-                let offset = entry.offset + placement.skipped;
-                let point = ProbePoint { function, aliases: Vec::new(), entry: entry.offset, offset, placement };
-                let known = found.entry((entry.offset, function.op())).or_insert(point);
-                if known.function != function && !known.aliases.contains(&function) {
-                    known.aliases.push(function);
-                }
-            }
-        }
-    }
-    contents.points = found.into_values().map(with_principal_name).collect();
-    Ok(contents)
-}
-
-/// Whether a symbol is the program's function of that name. Linking a static program makes hidden functions such as glibc's
-/// malloc local; so is anybody's `static void free(...)`. A local one counts if it is the only one.
-fn is_principal((function, symbol): (Function, &Symbol), all: &[(Function, &Symbol)]) -> bool {
-    symbol.st_bind() != elf::STB_LOCAL || all.iter().filter(|(f, _)| *f == function).count() == 1
 }
 
 /// The build id of an ELF file, in hexadecimal digits.
@@ -241,38 +104,63 @@ pub fn build_id(file: &File) -> Option<String> {
     Elf::open(file, Bounded(&cache)).ok()?.build_id()
 }
 
-/// Calls the function by the first of its names in [`Function::ALL`].
-fn with_principal_name(mut point: ProbePoint) -> ProbePoint {
-    point.aliases.push(point.function);
-    point.aliases.sort_unstable();
-    point.function = point.aliases.remove(0);
-    point
-}
-
-fn name<'a>(symbol: &Symbol, strings: &'a [u8], endian: Endianness) -> &'a [u8] {
-    let rest = strings.get(symbol.st_name(endian) as usize..).unwrap_or_default();
-    // All names that are looked for are shorter.
-    let rest = &rest[..rest.len().min(32)];
-    rest.iter().position(|&b| b == 0).map_or(&[], |end| &rest[..end])
+/// A symbol of a table.
+#[derive(Clone, Copy, Debug)]
+pub struct Symbol<'a> {
+    /// Untrusted; cut off at [`MAX_NAME`] and so none of those that are looked for if it is longer.
+    pub name: &'a [u8],
+    pub address: u64,
+    /// Of the function, bytes; zero where it is not known.
+    pub size: u64,
+    /// `STT_FUNC` and the like.
+    kind: u8,
+    /// Only this file's own code can mean it.
+    pub local: bool,
+    /// Whether it is defined in this file.
+    pub defined: bool,
 }
 
 /// Symbols and their names.
-struct SymbolTable<'a> {
-    symbols: &'a [Symbol],
+pub struct SymbolTable<'a> {
+    symbols: &'a [RawSymbol],
     /// Each ends in a NUL byte.
     strings: &'a [u8],
+    endian: Endianness,
+}
+
+impl<'a> SymbolTable<'a> {
+    pub fn iter(&self) -> impl Iterator<Item = Symbol<'a>> {
+        self.symbols.iter().map(|symbol| self.read(symbol))
+    }
+
+    fn get(&self, index: u32) -> Option<Symbol<'a>> {
+        self.symbols.get(index as usize).map(|symbol| self.read(symbol))
+    }
+
+    fn read(&self, symbol: &RawSymbol) -> Symbol<'a> {
+        let rest = self.strings.get(symbol.st_name(self.endian) as usize..).unwrap_or_default();
+        let rest = &rest[..rest.len().min(MAX_NAME)];
+        Symbol {
+            name: rest.iter().position(|&b| b == 0).map_or(&[], |end| &rest[..end]),
+            address: symbol.st_value(self.endian),
+            size: symbol.st_size(self.endian),
+            kind: symbol.st_type(),
+            local: symbol.st_bind() == elf::STB_LOCAL,
+            defined: !symbol.is_undefined(self.endian),
+        }
+    }
 }
 
 /// A place in the code of a file.
 #[derive(Clone, Copy)]
-struct Place {
-    offset: u64,
+pub struct Place {
+    pub offset: u64,
     /// The end of the segment's part of the file.
     limit: u64,
 }
 
 impl<'a> Elf<'a> {
-    fn open(file: &'a File, data: Bounded<'a>) -> Result<Self, Unusable> {
+    pub fn open(file: &'a File, data: Bounded<'a>) -> Result<Self, Unusable> {
         let ident = data.read_bytes_at(0, 16).map_err(|()| Unusable::NotElf)?;
         if !ident.starts_with(&elf::ELFMAG) {
             return Err(Unusable::NotElf);
@@ -291,7 +179,7 @@ impl<'a> Elf<'a> {
         Ok(Self { file, data, endian, header, segments })
     }
 
-    fn build_id(&self) -> Option<String> {
+    pub fn build_id(&self) -> Option<String> {
         let find = |mut notes: NoteIterator<'a, Header>| {
             while let Ok(Some(note)) = notes.next() {
                 if note.name() == elf::ELF_NOTE_GNU && note.n_type(self.endian) == elf::NT_GNU_BUILD_ID {
@@ -308,21 +196,56 @@ impl<'a> Elf<'a> {
         (!id.is_empty()).then(|| hex(&id[..id.len().min(MAX_BUILD_ID)]))
     }
 
-    /// The symbols that other files can bind to, or all of a program that is linked statically, and their names.
-    fn symbols(&self) -> Result<Option<SymbolTable<'a>>, Unusable> {
-        let sections = self.header.section_headers(self.endian, self.data);
-        let sections = sections.map_err(|_| Unusable::Malformed("section headers"))?;
-        let wanted = if self.is_static() { elf::SHT_SYMTAB } else { elf::SHT_DYNSYM };
-        let Some(table) = sections.iter().find(|s| s.sh_type(self.endian) == wanted) else { return Ok(None) };
+    fn sections(&self) -> Result<&'a [Section], Unusable> {
+        self.header.section_headers(self.endian, self.data).map_err(|_| Unusable::Malformed("section headers"))
+    }
+
+    /// The symbols that other files can bind to.
+    pub fn dynamic_symbols(&self) -> Result<Option<SymbolTable<'a>>, Unusable> {
+        self.symbols(elf::SHT_DYNSYM)
+    }
+
+    /// All symbols, of a file that has not been stripped of them.
+    pub fn all_symbols(&self) -> Result<Option<SymbolTable<'a>>, Unusable> {
+        self.symbols(elf::SHT_SYMTAB)
+    }
+
+    fn symbols(&self, kind: u32) -> Result<Option<SymbolTable<'a>>, Unusable> {
+        let sections = self.sections()?;
+        let Some(table) = sections.iter().find(|s| s.sh_type(self.endian) == kind) else { return Ok(None) };
         let symbols = table.data_as_array(self.endian, self.data).map_err(|_| Unusable::Malformed("symbol table"))?;
         let strings: Option<&Section> = sections.get(table.sh_link(self.endian) as usize);
         let strings = strings.and_then(|s| s.data(self.endian, self.data).ok());
-        Ok(Some(SymbolTable { symbols, strings: strings.ok_or(Unusable::Malformed("string table"))? }))
+        let strings = strings.ok_or(Unusable::Malformed("string table"))?;
+        Ok(Some(SymbolTable { symbols, strings, endian: self.endian }))
+    }
+
+    /// The slots that the dynamic linker fills with the addresses of functions: where they are, and with which. At most
+    /// [`MAX_SLOTS`].
+    pub fn slots(&self) -> Vec<(u64, Slot<'a>)> {
+        let symbols = self.dynamic_symbols().ok().flatten();
+        let mut slots = Vec::new();
+        for section in self.sections().unwrap_or_default() {
+            let Ok(Some((relocations, _))) = section.rela(self.endian, self.data) else { continue };
+            let filled = relocations.iter().filter_map(|relocation| {
+                let at = relocation.r_offset(self.endian);
+                let kind = relocation.r_type(self.endian, false);
+                if SLOT_RELOCATIONS.contains(&kind) {
+                    let symbol = symbols.as_ref()?.get(relocation.r_sym(self.endian, false))?;
+                    return Some((at, Slot::Symbol(symbol)));
+                }
+                let address = u64::try_from(relocation.r_addend(self.endian)).ok()?;
+                let own = kind == OWN_RELOCATION && self.place_of(address).is_ok();
+                own.then_some((at, Slot::Own(address)))
+            });
+            slots.extend(filled.take(MAX_SLOTS - slots.len()));
+        }
+        slots
     }
 
     /// Whether this is a program that needs no loader. The loader itself needs none either, but is no program: its local
     /// malloc serves it alone.
-    fn is_static(&self) -> bool {
+    pub fn is_static(&self) -> bool {
         let of_type = |kind| self.segments.iter().find(|s| s.p_type(self.endian) == kind);
         if of_type(elf::PT_INTERP).is_some() {
             return false;
@@ -336,16 +259,16 @@ impl<'a> Elf<'a> {
     }
 
     /// Where the function of a symbol is, or why it cannot be probed.
-    fn locate(&self, symbol: &Symbol) -> Result<Place, &'static str> {
-        match symbol.st_type() {
-            elf::STT_FUNC | elf::STT_NOTYPE => self.place_of(symbol.st_value(self.endian)),
+    pub fn locate(&self, symbol: &Symbol<'_>) -> Result<Place, &'static str> {
+        match symbol.kind {
+            elf::STT_FUNC | elf::STT_NOTYPE => self.place_of(symbol.address),
             elf::STT_GNU_IFUNC => Err("an indirect function: chosen among several when the program starts"),
             _ => Err("not a function"),
         }
     }
 
     /// The file offset of an address in executable code.
-    fn place_of(&self, address: u64) -> Result<Place, &'static str> {
+    pub fn place_of(&self, address: u64) -> Result<Place, &'static str> {
         for s in self.segments.iter().filter(|s| s.p_type(self.endian) == elf::PT_LOAD) {
             let (start, size, offset) = (s.p_vaddr(self.endian), s.p_filesz(self.endian), s.p_offset(self.endian));
             let Some(inside) = address.checked_sub(start).filter(|&i| i < size) else { continue };
@@ -357,14 +280,15 @@ impl<'a> Elf<'a> {
         Err("not in the file's code")
     }
 
-    fn place(&self, entry: Place, size: u64, kernel: Emulation) -> Placement {
+    /// Where in the function that begins at `entry` the breakpoint goes; `size` is zero where it is unknown.
+    pub fn place(&self, entry: Place, size: u64, kernel: Emulation) -> Placement {
         let size = usize::try_from(size).ok().filter(|&s| s > 0);
         let wanted = size.filter(|&s| s <= breakpoint::MAX_FUNCTION).unwrap_or(breakpoint::UNKNOWN_SIZE_SCAN);
         breakpoint::place(&self.code(entry, wanted), size, kernel)
     }
 
     /// As many bytes of code as there are, up to `wanted`.
-    fn code(&self, at: Place, wanted: usize) -> Vec<u8> {
+    pub fn code(&self, at: Place, wanted: usize) -> Vec<u8> {
         let available = usize::try_from(at.limit - at.offset).unwrap_or(usize::MAX);
         let mut code = vec![0; wanted.min(available)];
         let mut filled = 0;
@@ -379,8 +303,8 @@ impl<'a> Elf<'a> {
     }
 
     /// What `gnu_get_libc_version` returns: it loads the address of a string and is done.
-    fn glibc_release(&self, symbol: &Symbol) -> Option<String> {
-        let address = symbol.st_value(self.endian);
+    pub fn glibc_release(&self, symbol: &Symbol<'_>) -> Option<String> {
+        let address = symbol.address;
         let code = self.code(self.place_of(address).ok()?, 32);
         let string = loaded_address(&code, address)?;
         let segment = self.segments.iter().find(|s| {

@@ -1,25 +1,34 @@
 //! Finds the functions of allocators in the files that a process has mapped, and where a breakpoint on them is cheap.
 //!
-//! [`Discovery`] reads the process's mappings ([`maps`]) and looks into each executable file once ([`elf`]); in the functions
-//! found, [`breakpoint`] chooses the instruction. Any file that defines malloc and free is an allocator: the C library, a
-//! static program, a library or a program that brings its own. Attaching probes is left to [`crate::attach`].
+//! [`Discovery`] reads the process's mappings ([`maps`]) and looks into each executable file once: at its symbols ([`elf`]), for
+//! names that allocators have ([`names`]), which together make an allocator or do not ([`choice`]), without those that only
+//! call others ([`forward`]). In the functions chosen, [`breakpoint`] finds the instruction. What is found so: the C library, a
+//! static program, a library or a program that brings its own, under whatever prefix; and what the user names
+//! ([`Named`]). Attaching probes is left to [`crate::attach`].
 
 pub mod breakpoint;
+mod choice;
 pub mod elf;
+mod forward;
 pub mod maps;
+mod names;
 
 #[cfg(test)]
 mod tests;
 
 use crate::process;
+use crate::symbols;
 pub use breakpoint::{Emulation, Placement};
-pub use elf::{Function, ProbePoint, Unusable};
+use choice::Asked;
+pub use choice::ProbePoint;
+pub use elf::Unusable;
 pub use maps::FileId;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,12 +41,13 @@ pub struct AllocatorFile {
     pub path: PathBuf,
     /// In hexadecimal digits.
     pub build_id: Option<String>,
-    /// Which allocator it is: `glibc 2.36`, or else the file's name; untrusted.
-    pub label: String,
-    /// Where to put probes; at least malloc and free, one per code and kind of arguments.
+    /// Which allocators it holds, as [`ProbePoint::family`] counts them: `glibc 2.36`, `jemalloc`, or else the file's name;
+    /// untrusted.
+    pub families: Vec<String>,
+    /// Where to put probes, one per code; at least one for what allocates and one for what frees.
     pub points: Vec<ProbePoint>,
     /// Functions that are defined but cannot be probed, and why.
-    pub unprobed: Vec<(Function, &'static str)>,
+    pub unprobed: Vec<(String, &'static str)>,
     file: Arc<File>,
 }
 
@@ -46,6 +56,11 @@ impl AllocatorFile {
     /// within this program as long as the value or a clone of it lives.
     pub fn path_for_attach(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+
+    /// All its families in a few words.
+    pub fn label(&self) -> String {
+        self.families.join(", ")
     }
 
     /// The open file.
@@ -66,10 +81,10 @@ pub struct Searched {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Allocator,
-    /// It defines neither malloc nor free, or only one of them.
+    /// It defines neither malloc nor free, or only one of them, under no prefix that is known.
     NoAllocator,
     /// It defines them, but they cannot be probed.
-    Unprobed(Function, &'static str),
+    Unprobed(String, &'static str),
     Unusable(Unusable),
     /// It could not be opened.
     Unreadable(String),
@@ -81,17 +96,77 @@ impl Outcome {
         match self {
             Self::Allocator => "allocator".to_owned(),
             Self::NoAllocator => "not defined".to_owned(),
-            Self::Unprobed(function, why) => format!("{} is {why}", function.name()),
+            Self::Unprobed(function, why) => format!("{} is {why}", function.escape_default()),
             Self::Unusable(why) => why.to_string(),
             Self::Unreadable(why) => format!("cannot be opened: {why}"),
         }
     }
 }
 
+/// An allocator that the user names, because it is not found by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// Of the program or library, as the traced process sees it.
+    pub path: PathBuf,
+    /// What its functions' names have before malloc, free and so on. Without one whatever looks like an allocator is taken.
+    pub prefix: Option<String>,
+}
+
+impl std::fmt::Display for Named {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.path.to_string_lossy().escape_debug())?;
+        self.prefix.as_ref().map_or(Ok(()), |prefix| write!(f, ":{}", prefix.escape_debug()))
+    }
+}
+
+/// Why an allocator that the user named is not traced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NamedError {
+    NotMapped {
+        pid: u32,
+        named: Named,
+    },
+    /// None of its functions is there.
+    NoFunctions {
+        named: Named,
+    },
+    /// It is mapped, but nothing can be attached in it.
+    Unusable {
+        named: Named,
+        why: String,
+    },
+}
+
+impl std::fmt::Display for NamedError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NotMapped { pid, named } => write!(
+                f,
+                "--allocator {named}: pid {pid} has no such file mapped as executable; /proc/{pid}/maps lists those that it has"
+            ),
+            Self::NoFunctions { named } => {
+                let prefix = named.prefix.as_deref().unwrap_or_default().escape_debug().to_string();
+                let list = |frees: bool| {
+                    let of = names::C.iter().filter(|(_, shape)| (*shape == leak_common::op::FREE) == frees);
+                    of.map(|(name, _)| format!("{prefix}{name}")).collect::<Vec<_>>().join(", ")
+                };
+                write!(f, "--allocator {named}: its symbols have none of {}, or none of {}", list(false), list(true))
+            }
+            Self::Unusable { named, why } => write!(f, "--allocator {named}: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for NamedError {}
+
 /// The allocators of one process, and what has been looked into so far.
 #[derive(Debug)]
 pub struct Discovery {
     pid: u32,
+    /// What the user named, and what came of it.
+    named: Vec<(Named, Option<Outcome>)>,
+    /// The root folders of processes, for debug files.
+    roots: symbols::Roots,
     /// The thread whose memory is looked at, [`crate::process::Process::through`].
     through: u32,
     kernel: Emulation,
@@ -116,12 +191,44 @@ impl Discovery {
     pub fn new(pid: u32) -> Self {
         Self {
             pid,
+            named: Vec::new(),
+            roots: symbols::Roots::default(),
             through: pid,
             kernel: Emulation::of_this_kernel(),
             known: HashMap::new(),
             digest: None,
             text: Vec::new(),
         }
+    }
+
+    /// Takes these files as allocators too. To be called before the first [`Self::refresh`].
+    pub fn name(&mut self, named: &[Named]) {
+        self.named.extend(named.iter().map(|named| (named.clone(), None)));
+    }
+
+    /// Nothing is looked into yet, with what the user named as before: the process executes another program.
+    #[must_use]
+    pub fn renewed(&self) -> Self {
+        let mut new = Self::new(self.pid);
+        new.named.extend(self.named.iter().map(|(named, _)| (named.clone(), None)));
+        new
+    }
+
+    /// The error for what the user named and is not there, if that is so.
+    ///
+    /// # Errors
+    /// The first of those.
+    pub fn require_named(&self) -> Result<(), NamedError> {
+        for (named, outcome) in &self.named {
+            let named = || named.clone();
+            match outcome {
+                Some(Outcome::Allocator) => {}
+                None => return Err(NamedError::NotMapped { pid: self.pid, named: named() }),
+                Some(Outcome::NoAllocator) => return Err(NamedError::NoFunctions { named: named() }),
+                Some(other) => return Err(NamedError::Unusable { named: named(), why: other.text() }),
+            }
+        }
+        Ok(())
     }
 
     /// From now on looks at the process's memory through this thread of it: the first one may have ended.
@@ -156,7 +263,7 @@ impl Discovery {
             let Some(id) = mapping.file.filter(|id| !self.known.contains_key(id)) else { continue };
             let path = mapping.display_path();
             let (outcome, allocator) = match mapping.open(self.through) {
-                Ok(file) => look_into(file, &path, self.kernel),
+                Ok(file) => self.look_into_file(file, &path),
                 Err(error) => (Outcome::Unreadable(error.to_string()), None),
             };
             let file = allocator.as_ref().map(|a| Arc::clone(&a.file));
@@ -164,6 +271,50 @@ impl Discovery {
             found.extend(allocator);
         }
         found
+    }
+
+    fn look_into_file(&mut self, file: File, path: &Path) -> (Outcome, Option<AllocatorFile>) {
+        let (root, own) = (self.roots.of(self.through), symbols::Root::own().ok());
+        let roots: Vec<&symbols::Root> = root.iter().map(|root| &**root).chain(&own).collect();
+        let apart = symbols::symbols_apart(&file, path, &roots);
+        let mut asked = Asked::default();
+        let mut meant = Vec::new();
+        for (index, (named, _)) in self.named.iter().enumerate() {
+            if self.is_named(named, &file, path) {
+                meant.push(index);
+                match &named.prefix {
+                    Some(prefix) => asked.prefixes.push(prefix.clone()),
+                    None => asked.anything = true,
+                }
+            }
+        }
+        let (outcome, allocator) = look_into(file, path, apart.as_ref(), &asked, self.kernel);
+        for index in meant {
+            let (named, noted) = &mut self.named[index];
+            let prefix = named.prefix.as_deref().unwrap_or_default();
+            let there = allocator.as_ref().is_some_and(|allocator| {
+                let names =
+                    || allocator.points.iter().flat_map(|point| std::iter::once(&point.name).chain(&point.aliases));
+                prefix.is_empty() || names().any(|name| name.strip_prefix(prefix).is_some_and(names::is_c))
+            });
+            *noted = Some(match &outcome {
+                Outcome::Allocator if !there => Outcome::NoAllocator,
+                outcome => outcome.clone(),
+            });
+        }
+        (outcome, allocator)
+    }
+
+    /// Whether the user meant this file: by its path, or by whatever path leads to it in the process's root.
+    fn is_named(&self, named: &Named, file: &File, path: &Path) -> bool {
+        let Ok(absolute) = std::path::absolute(&named.path) else { return false };
+        if absolute == path {
+            return true;
+        }
+        let mut in_root = PathBuf::from(format!("/proc/{}/root", self.through));
+        in_root.extend(absolute.components().skip(1));
+        let (Ok(there), Ok(here)) = (in_root.metadata(), FileId::of(file)) else { return false };
+        FileId { dev: there.dev(), inode: there.ino() } == here
     }
 
     /// What has been looked into, in the order of the paths.
@@ -188,8 +339,12 @@ pub struct NoAllocator {
 
 impl std::fmt::Display for NoAllocator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let names = Function::ALL.map(Function::name).join(", ");
-        write!(f, "no allocator found in pid {}: looked for {names} in ", self.pid)?;
+        let names = names::C.map(|(name, _)| name).join(", ");
+        let pid = self.pid;
+        write!(
+            f,
+            "no allocator found in pid {pid}: looked for {names}, with the prefixes of known allocators too, in "
+        )?;
         if self.searched.is_empty() {
             return write!(f, "no file at all: it has none mapped as executable");
         }
@@ -207,33 +362,40 @@ impl std::fmt::Display for NoAllocator {
 
 impl std::error::Error for NoAllocator {}
 
-/// Looks into one file by its path, whoever has it mapped.
+/// Looks into one file by its path, whoever has it mapped, for what is found by itself.
 pub fn allocator_at(path: &Path) -> io::Result<Result<AllocatorFile, Outcome>> {
     let file = File::open(fs::canonicalize(path)?)?;
-    let (outcome, allocator) = look_into(file, path, Emulation::of_this_kernel());
+    let own = symbols::Root::own()?;
+    let apart = symbols::symbols_apart(&file, path, &[&own]);
+    let (outcome, allocator) = look_into(file, path, apart.as_ref(), &Asked::default(), Emulation::of_this_kernel());
     Ok(allocator.ok_or(outcome))
 }
 
-fn look_into(file: File, path: &Path, kernel: Emulation) -> (Outcome, Option<AllocatorFile>) {
+fn look_into(
+    file: File,
+    path: &Path,
+    apart: Option<&File>,
+    asked: &Asked,
+    kernel: Emulation,
+) -> (Outcome, Option<AllocatorFile>) {
     let id = match FileId::of(&file) {
         Ok(id) => id,
         Err(error) => return (Outcome::Unreadable(error.to_string()), None),
     };
-    let contents = match elf::read(&file, kernel) {
+    let contents = match choice::read(&file, apart, asked, kernel) {
         Ok(contents) => contents,
         Err(why) => return (Outcome::Unusable(why), None),
     };
     if !contents.is_allocator() {
-        let unprobed = contents.unprobed.first();
-        return (unprobed.map_or(Outcome::NoAllocator, |&(f, why)| Outcome::Unprobed(f, why)), None);
+        let unprobed = contents.unprobed.into_iter().next();
+        return (unprobed.map_or(Outcome::NoAllocator, |(name, why)| Outcome::Unprobed(name, why)), None);
     }
-    let file_name = || path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let label = contents.glibc.map_or_else(file_name, |release| format!("glibc {release}"));
+    let file_name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
     let allocator = AllocatorFile {
         id,
         path: path.to_owned(),
         build_id: contents.build_id,
-        label,
+        families: contents.families.into_iter().map(|family| family.unwrap_or_else(|| file_name.clone())).collect(),
         points: contents.points,
         unprobed: contents.unprobed,
         file: Arc::new(file),

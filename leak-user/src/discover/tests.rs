@@ -2,6 +2,7 @@
 
 use super::breakpoint::Reason;
 use super::*;
+use leak_common::op;
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
@@ -33,6 +34,10 @@ fn start(program: &Path) -> Guard {
     child
 }
 
+fn read(file: &File) -> Result<choice::Contents, Unusable> {
+    choice::read(file, None, &Asked::default(), Emulation { nops: true })
+}
+
 const OWN_ALLOCATOR: &str = "
 #include <stddef.h>
 static char arena[1 << 16]; static size_t used;
@@ -52,10 +57,10 @@ fn own_libc() {
     let mut discovery = Discovery::new(std::process::id());
     let found = discovery.refresh().expect("own mappings can be read");
     let maps = fs::read("/proc/self/maps").expect("own mappings can be read");
-    let libc = found.iter().find(|a| a.label.starts_with("glibc 2.") || a.path.ends_with("libc.so.6")).expect("libc");
+    let libc = found.iter().find(|a| a.label().starts_with("glibc 2.") || a.path.ends_with("libc.so.6")).expect("libc");
     assert!(libc.build_id.as_ref().is_some_and(|id| id.len() == 40), "{libc:?}");
-    for function in Function::ALL {
-        let name = std::ffi::CString::new(function.name()).expect("names have no NUL");
+    for (function, _) in names::C {
+        let name = std::ffi::CString::new(function).expect("names have no NUL");
         // SAFETY: the name ends in NUL; dlsym gives an address or null, which is only compared.
         let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) } as u64;
         let Some(mapping) = maps::parse(&maps).find(|m| m.start <= address && address < m.end) else { continue };
@@ -63,10 +68,10 @@ fn own_libc() {
             continue;
         }
         let entry = address - mapping.start + mapping.offset;
-        let point = libc.points.iter().find(|p| p.function == function || p.aliases.contains(&function));
-        assert_eq!(point.map(|p| p.entry), Some(entry), "{}", function.name());
+        let point = libc.points.iter().find(|p| p.is(function));
+        assert_eq!(point.map(|p| p.entry), Some(entry), "{function}");
     }
-    assert!(libc.points.iter().any(|p| p.function == Function::Reallocarray), "{libc:?}");
+    assert!(libc.points.iter().any(|p| p.name == "reallocarray"), "{libc:?}");
 }
 
 /// In the libc of this machine the instruction under the breakpoint on free is emulated; where that is not the entry, it is a
@@ -75,11 +80,11 @@ fn own_libc() {
 #[cfg(target_arch = "x86_64")]
 fn own_free_is_emulated() {
     let found = Discovery::new(std::process::id()).refresh().expect("own mappings can be read");
-    let libc = found.iter().find(|a| a.label.starts_with("glibc ")).expect("libc");
-    let free = libc.points.iter().find(|p| p.function == Function::Free).expect("free");
+    let libc = found.iter().find(|a| a.label().starts_with("glibc ")).expect("libc");
+    let free = libc.points.iter().find(|p| p.name == "free").expect("free");
     let mut code = [0; 2];
     libc.file().read_exact_at(&mut code, free.offset).expect("code can be read");
-    if libc.label == "glibc 2.36" {
+    if libc.label() == "glibc 2.36" {
         assert!(free.placement.reason == Reason::LaterEmulated && !free.at_entry(), "{free:?}");
     }
     if free.placement.reason == Reason::LaterEmulated {
@@ -112,7 +117,7 @@ fn libraries_loaded_later() {
     io::Write::write_all(child.0.stdin.as_mut().expect("a pipe"), b"z").expect("the child reads");
     wait(&mut child);
     let found = discovery.refresh().expect("mappings can be read");
-    assert_eq!(found.iter().map(|a| a.label.as_str()).collect::<Vec<_>>(), ["own.so"]);
+    assert_eq!(found.iter().map(AllocatorFile::label).collect::<Vec<_>>(), ["own.so"]);
     assert!(discovery.refresh().expect("mappings can be read").is_empty());
 }
 
@@ -126,10 +131,10 @@ fn deleted_program_with_its_own_allocator() {
     fs::remove_file(&program).expect("the program's file can be removed");
     let found = Discovery::new(child.0.id()).refresh().expect("mappings can be read");
     let own = found.iter().find(|a| a.path == program).expect("the program's allocator");
-    assert_eq!(own.label, "own");
+    assert_eq!(own.label(), "own");
     assert_eq!(own.points.len(), 2, "{:?}", own.points);
-    let free = own.points.iter().find(|p| p.function == Function::Free).expect("free");
-    assert_eq!(free.aliases, [Function::Cfree]);
+    let free = own.points.iter().find(|p| p.name == "free").expect("free");
+    assert_eq!(free.aliases, ["cfree"]);
     assert!(found.iter().any(|a| a.path.to_string_lossy().contains("libc")));
     drop(child);
     let reopened = File::open(own.path_for_attach()).expect("the file is still there");
@@ -146,9 +151,9 @@ fn static_program() {
     for flags in [&["-static"][..], &["-static-pie"]] {
         let program = compile(folder.path(), "static", &source, flags);
         let own = allocator_at(&program).expect("the file can be opened").expect("it has an allocator");
-        let functions: Vec<_> = own.points.iter().map(|p| p.function).collect();
-        for function in [Function::Malloc, Function::Calloc, Function::Realloc, Function::Free] {
-            assert!(functions.contains(&function), "{flags:?}: {functions:?}");
+        assert!(own.label().starts_with("glibc"), "{flags:?}: {}", own.label());
+        for function in ["malloc", "calloc", "realloc", "free"] {
+            assert!(own.points.iter().any(|p| p.is(function)), "{flags:?}: {function} {:?}", own.points);
         }
         assert!(own.points.iter().all(|p| p.placement.reason.is_emulated()), "{:?}", own.points);
     }
@@ -163,7 +168,7 @@ fn indirect_functions() {
         __attribute__((ifunc(\"pick\"))) void *malloc(size_t n);\nvoid free(void *p) { (void)p; }";
     let library = compile(folder.path(), "indirect.so", source, &["-shared", "-fPIC", "-fno-builtin"]);
     let outcome = allocator_at(&library).expect("the file can be opened").expect_err("malloc cannot be probed");
-    assert!(matches!(outcome, Outcome::Unprobed(Function::Malloc, _)), "{outcome:?}");
+    assert!(matches!(outcome, Outcome::Unprobed(ref name, _) if name == "malloc"), "{outcome:?}");
     assert!(outcome.text().contains("malloc is an indirect function"), "{}", outcome.text());
 }
 
@@ -218,7 +223,7 @@ fn unusable_files() {
     let look = |bytes: &[u8]| {
         let path = folder.path().join("file");
         fs::write(&path, bytes).expect("the file can be written");
-        elf::read(&File::open(path).expect("the file can be opened"), Emulation { nops: true })
+        read(&File::open(path).expect("the file can be opened"))
     };
     let bytes = fs::read(library).expect("the library can be read");
     assert!(look(&bytes).is_ok_and(|c| c.is_allocator()));
@@ -251,10 +256,97 @@ fn damaged_files() {
         }
         fs::write(&path, &bytes[..len]).expect("the file can be written");
         let file = File::open(&path).expect("the file can be opened");
-        if let Ok(contents) = elf::read(&file, Emulation { nops: true }) {
+        if let Ok(contents) = read(&file) {
             for point in contents.points {
                 prop_assert!(point.offset >= point.entry);
             }
         }
     });
+}
+
+/// What a library made of this source has of allocators.
+fn contents(folder: &Path, source: &str, flags: &[&str]) -> choice::Contents {
+    let flags = [&["-shared", "-fPIC", "-O2", "-fno-builtin"][..], flags].concat();
+    let library = compile(folder, "made.so", source, &flags);
+    read(&File::open(library).expect("the library can be opened")).expect("the library can be read")
+}
+
+const JEMALLOC_LIKE: &str = "
+#include <stddef.h>
+static char arena[1 << 16]; static size_t used;
+__attribute__((noinline)) void *P(malloc)(size_t n) { used += n; return arena + used - n; }
+__attribute__((noinline)) void *P(mallocx)(size_t n, int f) { used += n + f; return arena + used - n; }
+__attribute__((noinline)) void P(free)(void *p) { used -= p != 0; }
+__attribute__((noinline)) void P(sdallocx)(void *p, size_t n, int f) { used -= p ? n + f : 1; }
+void *use(size_t n) { void *p = P(malloc)(n); P(free)(p); P(sdallocx)(p, n, 0); return P(mallocx)(n, 0); }
+";
+
+/// jemalloc under a prefix that nobody knows, which the library keeps to itself: found by its symbol table, and not without one.
+#[test]
+fn prefix_that_is_kept_inside() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let flags = ["-fvisibility=hidden", "-DP(x)=_xyz_##x"];
+    let found = contents(folder.path(), JEMALLOC_LIKE, &flags);
+    assert_eq!(found.families, [Some("jemalloc".to_owned())]);
+    let mut names: Vec<_> = found.points.iter().map(|point| point.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["_xyz_free", "_xyz_malloc", "_xyz_mallocx", "_xyz_sdallocx"]);
+    assert_eq!(contents(folder.path(), JEMALLOC_LIKE, &[&flags[..], &["-s"]].concat()).points, []);
+}
+
+/// A malloc and free that a library keeps to itself are its own affair, and so are wrappers of another name.
+#[test]
+fn functions_that_only_have_the_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let found = contents(folder.path(), OWN_ALLOCATOR, &["-fvisibility=hidden"]);
+    assert_eq!(found.points, [], "hidden");
+    let source = "#include <stdlib.h>\nvoid *xmalloc(size_t n) { return malloc(n + 8); }\nvoid xfree(void *p) { free(p); }\n\
+                  void *tc_malloc(size_t n) { return malloc(n); }";
+    assert_eq!(contents(folder.path(), source, &[]).points, [], "wrappers, and half an allocator");
+}
+
+/// Operators beside an allocator: left out, all of them, where what they hand out comes from malloc on every way; probed, all of
+/// them, where it may not, even if delete does nothing but call free.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn operators_that_wrap() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let with = |news: &str| {
+        let source = format!(
+            "{OWN_ALLOCATOR}\n#include <stdlib.h>\nstatic char own[4096]; static size_t taken;\n{news}\n\
+             __attribute__((noinline)) void *_Znam(size_t n) {{ void *p = _Znwm(n); __asm__ volatile(\"\" : \"+r\"(p)); return p; }}\n\
+             void _ZdlPv(void *p) {{ free(p); }}\nvoid _ZdaPv(void *p) {{ free(p ? (char *)p - 8 : p); }}\n"
+        );
+        let found = contents(folder.path(), &source, &[]);
+        assert!(found.points.iter().any(|p| p.is("malloc")), "{:?}", found.points);
+        ["_Znwm", "_Znam", "_ZdlPv", "_ZdaPv"].map(|name| found.points.iter().any(|p| p.is(name)))
+    };
+    let always = "void *_Znwm(size_t n) { char *p; while (!(p = malloc(n ? n : 1))) if (taken) abort(); else taken = n; return p; }";
+    assert_eq!(with(always), [false; 4]);
+    let sometimes =
+        "void *_Znwm(size_t n) { if (n > 64) return (char *)malloc(n + 8) + 8; taken += n; return own + taken - n; }";
+    assert_eq!(with(sometimes), [true; 4]);
+}
+
+/// A function that jumps on with the arguments that it got is another name of where it leads; one of other arguments is not.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn names_of_one_function() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let source = format!(
+        "{}\n__attribute__((noinline)) void *memalign(size_t a, size_t n) {{ return malloc(a + n); }}\n\
+         void *aligned_alloc(size_t a, size_t n) {{ return memalign(a, n); }}\n\
+         void *valloc(size_t n) {{ return malloc(n); }}\nvoid free_sized(void *p, size_t n) {{ (void)n; free(p); }}\n",
+        OWN_ALLOCATOR.replace("void cfree", "void unused_cfree")
+    );
+    for flags in [&[][..], &["-Wl,-Bsymbolic", "-Wl,-z,now"]] {
+        let found = contents(folder.path(), &source, flags);
+        let mut names: Vec<_> = found.points.iter().map(|point| (point.name.as_str(), point.shape)).collect();
+        names.sort_unstable();
+        let expected = [("free", op::FREE), ("malloc", op::MALLOC), ("memalign", op::ALIGNED)];
+        assert_eq!(names, expected, "{flags:?}");
+        for (name, alias) in [("aligned_alloc", "memalign"), ("free", "free_sized"), ("malloc", "valloc")] {
+            assert!(found.points.iter().any(|point| point.is(name) && point.is(alias)), "{flags:?} {:?}", found.points);
+        }
+    }
 }

@@ -116,6 +116,14 @@ impl Sources {
     }
 }
 
+/// An ELF file with the symbols that a module's own file was stripped of: its debug file, or what is packed into it. None where it
+/// was not stripped.
+pub fn symbols_apart(file: &File, path: &Path, roots: &[&Root]) -> Option<File> {
+    let image = Image::read(file).filter(|image| !image.has_symtab)?;
+    let mut search = Search { file, image: &image, path, roots, rejected: None };
+    search.debug_file().or_else(|| unpack(file, image.mini.as_ref()?).ok())
+}
+
 /// For what one module's debug file is looked for.
 struct Search<'a> {
     file: &'a File,

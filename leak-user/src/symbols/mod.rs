@@ -20,7 +20,9 @@ mod tests;
 
 use crate::process::ProcessId;
 use crate::report::Frame;
+pub(crate) use debug_files::symbols_apart;
 use names::{Name, Names};
+pub(crate) use root::{Root, Roots};
 use space::{Modules, Place, Space};
 use std::collections::HashMap;
 use std::io;

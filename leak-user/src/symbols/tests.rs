@@ -221,8 +221,8 @@ fn own_debug_information_and_a_link() {
 /// What a program and debug files in a root of its own have for file offsets.
 fn look_up_in_root(program: &Path, root: &Path, offsets: &[u64]) -> Vec<Arc<[Name]>> {
     let file = fs::File::open(program).expect("the program can be opened");
-    let root = root::Root::at(root).expect("the root can be opened");
-    let own = root::Root::own().expect("the own root can be opened");
+    let root = Root::at(root).expect("the root can be opened");
+    let own = Root::own().expect("the own root can be opened");
     let sources = debug_files::Sources::find(&file, Path::new("/srv/bin/program"), &[&root, &own]);
     names::look_up(&sources, offsets)
 }

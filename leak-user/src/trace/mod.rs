@@ -226,11 +226,13 @@ impl<'a> Run<'a> {
         if !self.config.resources.heap {
             return Ok(());
         }
+        target.name_allocators(&self.config.allocators);
         target.attach_new(&self.programs)?;
-        for path in &self.config.allocators {
-            target.attach_named(&self.programs, path)?;
+        if required {
+            target.require_named()?;
+            target.require_allocator()?;
         }
-        if required { target.require_allocator() } else { Ok(()) }
+        Ok(())
     }
 
     /// Starts the command, attached to each of its files as it is mapped.
@@ -252,6 +254,7 @@ impl<'a> Run<'a> {
             // The name was the tracer's own until exec.
             let _ = target.process.refresh();
             if self.config.resources.heap && !target.notice_end() {
+                target.require_named()?;
                 target.require_allocator()?;
             }
         }

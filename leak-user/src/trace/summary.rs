@@ -313,6 +313,9 @@ fn op_name(shape: u8) -> Option<&'static str> {
         op::REALLOC => "realloc",
         op::REALLOCARRAY => "reallocarray",
         op::POSIX_MEMALIGN => "posix_memalign",
+        op::XALLOCX => "xallocx",
+        op::REALLOCF => "reallocf",
+        op::RUST_REALLOC => "__rust_realloc",
         op::MAPPING => "mmap",
         _ => return None,
     })

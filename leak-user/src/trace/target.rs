@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
 use crate::attach::{Places, Point, Probes, Programs};
 use crate::detect::Sample;
-use crate::discover::{self, AllocatorFile, Discovery, FileId, maps};
+use crate::discover::{AllocatorFile, Discovery, FileId, Named, ProbePoint, maps};
 use crate::process::{MemoryLimit, Process, ProcessId, RssSampler};
 use crate::report;
 
@@ -99,12 +98,14 @@ impl Target {
         Ok(())
     }
 
-    /// Puts probes into a file that the user named.
-    pub fn attach_named(&mut self, programs: &Programs, path: &Path) -> Result<()> {
-        let file = discover::allocator_at(path)
-            .with_context(|| format!("failed to read the allocator {}", path.display()))?
-            .map_err(|outcome| anyhow::anyhow!("no allocator in {}: {}", path.display(), outcome.text()))?;
-        self.attach_file(programs, file)
+    /// Takes what the user names as allocators too; before the first [`Self::attach_new`].
+    pub fn name_allocators(&mut self, named: &[Named]) {
+        self.discovery.name(named);
+    }
+
+    /// The error for what the user named and is not there, if that is so.
+    pub fn require_named(&self) -> Result<()> {
+        Ok(self.discovery.require_named()?)
     }
 
     fn attach_file(&mut self, programs: &Programs, file: AllocatorFile) -> Result<()> {
@@ -123,7 +124,7 @@ impl Target {
             self.id().tgid,
             places.points.len(),
             file.path.display(),
-            file.label
+            file.label()
         );
         self.files.insert(file.id, Traced { file, probes, held });
         Ok(())
@@ -162,7 +163,7 @@ impl Target {
     /// leader that it was made for, and that is gone.
     pub fn exec(&mut self, programs: &Programs, by_leader: bool) -> Result<()> {
         self.process.refresh()?;
-        self.discovery = Discovery::new(self.id().tgid);
+        self.discovery = self.discovery.renewed();
         let mut before = std::mem::take(&mut self.files);
         for file in self.discovery.refresh()? {
             match before.remove(&file.id).filter(|_| by_leader) {
@@ -201,19 +202,19 @@ impl Target {
         self.ended.is_some()
     }
 
-    /// The allocators that are traced.
+    /// The allocators that are traced: several may be in one file.
     pub fn allocators(&self) -> Vec<report::Allocator> {
-        let mut allocators: Vec<_> = self
-            .files
-            .values()
-            .map(|Traced { file, .. }| report::Allocator {
-                family: file.label.clone(),
+        let of_file = |file: &AllocatorFile| {
+            let allocator = |(index, family): (usize, &String)| report::Allocator {
+                family: family.clone(),
                 path: file.path.to_string_lossy().into_owned(),
                 build_id: file.build_id.clone(),
-                functions: file.points.iter().map(|point| point.function.name().to_owned()).collect(),
-            })
-            .collect();
-        allocators.sort_by(|a, b| a.path.cmp(&b.path));
+                functions: file.points.iter().filter(|p| p.family == index).map(ProbePoint::display_name).collect(),
+            };
+            file.families.iter().enumerate().map(allocator).collect::<Vec<_>>()
+        };
+        let mut allocators: Vec<_> = self.files.values().flat_map(|traced| of_file(&traced.file)).collect();
+        allocators.sort_by(|a, b| (&a.path, &a.family).cmp(&(&b.path, &b.family)));
         allocators
     }
 }
