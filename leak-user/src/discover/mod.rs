@@ -9,6 +9,7 @@
 pub mod breakpoint;
 mod choice;
 pub mod elf;
+mod files;
 mod forward;
 pub mod maps;
 mod names;
@@ -22,6 +23,8 @@ pub use breakpoint::{Emulation, Placement};
 use choice::Asked;
 pub use choice::ProbePoint;
 pub use elf::Unusable;
+pub use files::Files;
+use files::Version;
 pub use maps::FileId;
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -170,6 +173,8 @@ pub struct Discovery {
     /// The thread whose memory is looked at, [`crate::process::Process::through`].
     through: u32,
     kernel: Emulation,
+    /// What is known of files by now, also from other processes.
+    files: Files,
     /// Files that have been looked into, by what the mappings call them. Those of allocators are open, so their inode stays
     /// their own; the others are forgotten once they are no longer mapped.
     known: HashMap<FileId, Known>,
@@ -187,10 +192,16 @@ struct Known {
 }
 
 impl Discovery {
-    /// Nothing is looked into yet.
+    /// Nothing is looked into yet, and nothing known.
     pub fn new(pid: u32) -> Self {
+        Self::with(pid, Files::default())
+    }
+
+    /// Nothing is looked into yet in this process.
+    pub fn with(pid: u32, files: Files) -> Self {
         Self {
             pid,
+            files,
             named: Vec::new(),
             roots: symbols::Roots::default(),
             through: pid,
@@ -209,7 +220,7 @@ impl Discovery {
     /// Nothing is looked into yet, with what the user named as before: the process executes another program.
     #[must_use]
     pub fn renewed(&self) -> Self {
-        let mut new = Self::new(self.pid);
+        let mut new = Self::with(self.pid, self.files.clone());
         new.named.extend(self.named.iter().map(|(named, _)| (named.clone(), None)));
         new
     }
@@ -274,6 +285,11 @@ impl Discovery {
     }
 
     fn look_into_file(&mut self, file: File, path: &Path) -> (Outcome, Option<AllocatorFile>) {
+        // What the user named is asked for in this process only.
+        let version = if self.named.is_empty() { Version::of(&file).ok() } else { None };
+        if let Some(found) = version.and_then(|version| self.files.get(version, path)) {
+            return found;
+        }
         let (root, own) = (self.roots.of(self.through), symbols::Root::own().ok());
         let roots: Vec<&symbols::Root> = root.iter().map(|root| &**root).chain(&own).collect();
         let apart = symbols::symbols_apart(&file, path, &roots);
@@ -302,7 +318,11 @@ impl Discovery {
                 outcome => outcome.clone(),
             });
         }
-        (outcome, allocator)
+        let found = (outcome, allocator);
+        if let Some(version) = version {
+            self.files.put(version, &found);
+        }
+        found
     }
 
     /// Whether the user meant this file: by its path, or by whatever path leads to it in the process's root.

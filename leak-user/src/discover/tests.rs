@@ -350,3 +350,35 @@ fn names_of_one_function() {
         }
     }
 }
+
+/// A file that two processes have is looked into once, and each gets its own path; a changed file is another.
+#[test]
+fn files_are_looked_into_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("libc.so.6");
+    let libc = fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .lines()
+        .find_map(|line| line.split_whitespace().nth(5).filter(|path| path.contains("libc.so")).map(str::to_owned))
+        .expect("this test is linked to libc");
+    fs::copy(libc, &path).unwrap();
+    let files = Files::default();
+    let look = |seen_at: &str| {
+        let mut discovery = Discovery::with(std::process::id(), files.clone());
+        let found = discovery.look_into_file(File::open(&path).unwrap(), Path::new(seen_at));
+        found.1.expect("libc has an allocator")
+    };
+    let (first, second) = (look("/a/libc.so.6"), look("/b/libc.so.6"));
+    assert_eq!(files.len(), 1);
+    assert!(Arc::ptr_eq(first.file(), second.file()));
+    assert_eq!((first.path.to_str(), second.path.to_str()), (Some("/a/libc.so.6"), Some("/b/libc.so.6")));
+    fs::OpenOptions::new()
+        .append(true)
+        .open(&path)
+        .unwrap()
+        .set_len(first.file().metadata().unwrap().len() + 1)
+        .unwrap();
+    let third = look("/a/libc.so.6");
+    assert_eq!(files.len(), 2);
+    assert!(!Arc::ptr_eq(first.file(), third.file()));
+}

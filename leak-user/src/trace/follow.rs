@@ -51,7 +51,7 @@ impl Run<'_> {
         if self.targets.iter().any(|target| target.id() == child) {
             return;
         }
-        let opened = Target::open(child.tgid).ok().filter(|target| target.id() == child);
+        let opened = Target::open(child.tgid, &self.files).ok().filter(|target| target.id() == child);
         let Some(mut target) = opened else {
             // It has ended.
             self.collector.core().forget(child.tgid);

@@ -32,6 +32,7 @@ use self::target::{Followed, Target};
 use crate::attach::{MappingHook, Programs, Settings, UprobeKind};
 use crate::cli::Feature;
 use crate::config::{Config, Target as What, Unwind};
+use crate::discover::Files;
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
 use crate::losses::{Losses, monotonic_now};
@@ -117,6 +118,7 @@ struct Run<'a> {
     notices: mpsc::Receiver<Notice>,
     targets: Vec<Target>,
     ended_children: EndedChildren,
+    files: Files,
     symbols: Symbols,
     code: Code,
     command: Option<Spawned>,
@@ -131,9 +133,10 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     /// Loads the programs and attaches to every target.
     fn start(config: &'a Config, recording: Option<recording::Writer<BufWriter<File>>>) -> Result<Self> {
+        let files = Files::default();
         // Before anything is loaded: a pid that is not there, or not ours, is the likeliest mistake.
         let targets = match &config.target {
-            What::Pids(pids) => pids.iter().map(|pid| Target::open(*pid)).collect::<Result<_>>()?,
+            What::Pids(pids) => pids.iter().map(|pid| Target::open(*pid, &files)).collect::<Result<_>>()?,
             What::Command(_) => Vec::new(),
         };
         raise_memlock();
@@ -171,6 +174,7 @@ impl<'a> Run<'a> {
             notices,
             targets: Vec::new(),
             ended_children: EndedChildren::default(),
+            files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code: Code::new(settings.tables.then_some(settings.rows)),
             command: None,
@@ -239,7 +243,7 @@ impl<'a> Run<'a> {
     fn start_command(&mut self, command: &[std::ffi::OsString]) -> Result<()> {
         let spawned = Spawned::start(command, |tgid| match self.targets.first_mut() {
             None => {
-                let target = Target::open(tgid)?;
+                let target = Target::open(tgid, &self.files)?;
                 self.attach(target, false)
             }
             Some(target) => {

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 
 use crate::attach::{Places, Point, Probes, Programs};
 use crate::detect::Sample;
-use crate::discover::{AllocatorFile, Discovery, FileId, Named, ProbePoint, maps};
+use crate::discover::{AllocatorFile, Discovery, FileId, Files, Named, ProbePoint, maps};
 use crate::process::{MemoryLimit, Process, ProcessId, RssSampler};
 use crate::report;
 
@@ -67,9 +67,9 @@ pub struct Target {
 
 impl Target {
     /// Looks at a process; nothing is attached yet.
-    pub fn open(pid: u32) -> Result<Self> {
+    pub fn open(pid: u32, files: &Files) -> Result<Self> {
         let process = Process::open(pid)?;
-        let mut discovery = Discovery::new(pid);
+        let mut discovery = Discovery::with(pid, files.clone());
         discovery.look_through(process.through());
         Ok(Self {
             rss: process.rss().ok(),
