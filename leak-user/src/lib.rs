@@ -13,6 +13,8 @@
 //! - [`report`]: what was found; the only thing that views and exporters read;
 //! - [`view`]: text, terminal and JSON.
 //!
+//! [`scout`] watches processes that are not traced, and decides who is worth it.
+//!
 //! [`trace`] ties them together; [`cli`] and [`config`] are the command line; [`doctor`] tells what this host can do.
 
 pub mod attach;
@@ -28,6 +30,7 @@ pub mod process;
 pub mod recording;
 pub mod report;
 pub mod ring;
+pub mod scout;
 pub mod spawn;
 pub mod symbols;
 pub mod trace;

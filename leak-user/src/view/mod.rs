@@ -9,7 +9,7 @@ mod names;
 mod safe;
 mod system;
 pub mod text;
-mod units;
+pub(crate) mod units;
 mod words;
 
 use std::io::{self, ErrorKind, IsTerminal, Write};
