@@ -24,6 +24,7 @@ pub mod decode;
 pub mod detect;
 pub mod discover;
 pub mod doctor;
+pub mod labels;
 pub mod ledger;
 pub mod losses;
 pub mod process;
