@@ -46,7 +46,8 @@ impl From<Exit> for ExitCode {
     version,
     styles = STYLES,
     args_conflicts_with_subcommands = true,
-    override_usage = "leaktrace [OPTIONS] -p PID[,PID...]\n       \
+    override_usage = "leaktrace [OPTIONS]\n       \
+                      leaktrace [OPTIONS] -p PID[,PID...]\n       \
                       leaktrace [OPTIONS] -- COMMAND [ARG]...\n       \
                       leaktrace doctor",
     after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something leaks (--fail-on-leak).\n\
@@ -75,6 +76,39 @@ pub struct TraceFlags {
     /// A program to start and trace from its first allocation
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+
+    /// Only processes with this name, or one that fits this pattern
+    #[arg(long = "comm", value_name = "NAME", value_delimiter = ',', help_heading = "Which processes of the system")]
+    pub comms: Vec<String>,
+
+    /// Only processes of this program: a file name, or a pattern of a whole path
+    #[arg(long = "exe", value_name = "PATH", value_delimiter = ',', help_heading = "Which processes of the system")]
+    pub exes: Vec<String>,
+
+    /// Only processes in this control group or below it
+    #[arg(long = "cgroup", value_name = "PATH", value_delimiter = ',', help_heading = "Which processes of the system")]
+    pub cgroups: Vec<String>,
+
+    /// Only processes of this user
+    #[arg(long = "uid", value_name = "USER", value_delimiter = ',', help_heading = "Which processes of the system")]
+    pub uids: Vec<String>,
+
+    /// Only processes in the container whose id starts like this
+    #[arg(
+        long = "container",
+        value_name = "ID",
+        value_delimiter = ',',
+        help_heading = "Which processes of the system"
+    )]
+    pub containers: Vec<String>,
+
+    /// Leave out processes by pid, comm, exe, cgroup, uid or container
+    #[arg(long = "exclude", value_name = "KIND=VALUE", help_heading = "Which processes of the system")]
+    pub excludes: Vec<String>,
+
+    /// Trace all of them from the start, not only those whose memory keeps rising; costs every program time
+    #[arg(long, help_heading = "Which processes of the system")]
+    pub all: bool,
 
     /// Trace the processes that these start too, and what those start
     #[arg(long, help_heading = "What is followed")]

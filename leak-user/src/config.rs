@@ -10,6 +10,7 @@ use std::time::Duration;
 pub use crate::cli::Format;
 use crate::cli::{Feature, Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
 use crate::discover::Named;
+use crate::select::{Kind, Selection};
 
 /// The kernel's upper bound of process ids (`PID_MAX_LIMIT`).
 const PID_MAX: u32 = 1 << 22;
@@ -71,6 +72,8 @@ pub enum Target {
     Pids(Vec<u32>),
     /// A program to start and its arguments; at least one element, the first not empty.
     Command(Vec<OsString>),
+    /// The selected processes of the system, now and later: those whose memory keeps rising, or all of them.
+    System { selection: Box<Selection>, all: bool },
 }
 
 /// Which allocations are followed.
@@ -130,6 +133,7 @@ impl Invocation {
 
 impl Config {
     fn check(flags: TraceFlags) -> Result<Self, UsageError> {
+        let selected = selected(&flags)?;
         let min_size = flags.min_size.as_deref().map(|value| size("--min-size", value)).transpose()?;
         let max_size = flags.max_size.as_deref().map(|value| size("--max-size", value)).transpose()?;
         if let (Some(min), Some(max)) = (min_size, max_size)
@@ -151,7 +155,7 @@ impl Config {
             return Err(UsageError("'--output' and '--record' name the same file".to_owned()));
         }
         Ok(Self {
-            target: target(&flags.pids, flags.command)?,
+            target: target(&flags.pids, flags.command, selected, flags.all)?,
             duration: flags.duration.map(|value| time("--duration", &value, DURATIONS)).transpose()?,
             interval: time("--interval", &flags.interval, INTERVALS)?,
             format: flags.format,
@@ -185,18 +189,48 @@ impl Config {
     }
 }
 
-fn target(pids: &[String], command: Vec<OsString>) -> Result<Target, UsageError> {
+/// What the options say that choose among the system's processes; the name of the first of them, if there is one.
+fn selected(flags: &TraceFlags) -> Result<(Selection, Option<&'static str>), UsageError> {
+    let mut selection = Selection::default();
+    let mut first = None;
+    for (option, kind, values) in [
+        ("--comm", Kind::Comm, &flags.comms),
+        ("--exe", Kind::Exe, &flags.exes),
+        ("--cgroup", Kind::Cgroup, &flags.cgroups),
+        ("--uid", Kind::Uid, &flags.uids),
+        ("--container", Kind::Container, &flags.containers),
+    ] {
+        for value in values {
+            selection.include(kind, value).map_err(|refused| UsageError::value(option, value, refused))?;
+            first = first.or(Some(option));
+        }
+    }
+    for value in &flags.excludes {
+        selection.exclude(value).map_err(|refused| UsageError::value("--exclude", value, refused))?;
+        first = first.or(Some("--exclude"));
+    }
+    Ok((selection, first.or(flags.all.then_some("--all"))))
+}
+
+fn target(
+    pids: &[String],
+    command: Vec<OsString>,
+    (selection, option): (Selection, Option<&str>),
+    all: bool,
+) -> Result<Target, UsageError> {
+    if let (Some(option), false) = (option, pids.is_empty() && command.is_empty()) {
+        let other = if pids.is_empty() { "-- COMMAND" } else { "--pid" };
+        return Err(UsageError(format!(
+            "'{option}' cannot be used with '{other}': it chooses among all processes of the system"
+        )));
+    }
     match (pids.is_empty(), command.first()) {
         (false, Some(command)) => Err(UsageError(format!(
             "'--pid {}' cannot be used with '-- {}': trace running processes or start a program, not both",
             pids.join(",").escape_debug(),
             command.to_string_lossy().escape_debug()
         ))),
-        (true, None) => Err(UsageError(
-            "no process given: tracing the whole system is not in this version; \
-             name processes with '-p PID[,PID...]' or start a program with '-- COMMAND'"
-                .to_owned(),
-        )),
+        (true, None) => Ok(Target::System { selection: Box::new(selection), all }),
         (true, Some(program)) if program.is_empty() => Err(UsageError::value("COMMAND", "", "must name a program")),
         (true, Some(_)) => Ok(Target::Command(command)),
         (false, None) => {
@@ -479,14 +513,63 @@ mod tests {
     /// What cannot be done together, or at all, is refused and the way out named.
     #[test]
     fn targets_that_cannot_be() {
-        assert!(check(&[]).unwrap_err().to_string().contains("-p PID"));
-        assert!(check(&["--duration", "1s"]).unwrap_err().to_string().contains("whole system"));
+        for args in [["--comm", "x"], ["--exclude", "comm=x"]] {
+            let text = check(&[args[0], args[1], "-p", "7"]).unwrap_err().to_string();
+            assert!(text.contains(args[0]) && text.contains("--pid"), "{text}");
+        }
+        let text = check(&["--all", "--", "ls"]).unwrap_err().to_string();
+        assert!(text.contains("--all") && text.contains("-- COMMAND"), "{text}");
         let both = check(&["-p", "7", "--", "ls"]).unwrap_err().to_string();
         assert!(both.contains("--pid 7") && both.contains("-- ls"), "{both}");
         assert!(check(&["--", ""]).unwrap_err().to_string().contains("COMMAND"));
         let own = std::process::id().to_string();
         assert!(check(&["-p", &own]).unwrap_err().to_string().contains("itself"));
         assert!(check(&["-p", "7", "-o", "a", "--record", "a"]).unwrap_err().to_string().contains("same file"));
+    }
+
+    /// Without pids and command it is the system, with what the options select; several values may share an option.
+    #[test]
+    fn the_system() {
+        let system = |selection, all| Target::System { selection: Box::new(selection), all };
+        assert_eq!(config(&["--duration", "1s"]).target, system(Selection::default(), false));
+        assert_eq!(config(&["--all"]).target, system(Selection::default(), true));
+        let mut selection = Selection::default();
+        for (kind, value) in [
+            (Kind::Comm, "nginx"),
+            (Kind::Comm, "redis*"),
+            (Kind::Comm, "x"),
+            (Kind::Exe, "/opt/**"),
+            (Kind::Cgroup, "/a"),
+            (Kind::Uid, "0"),
+            (Kind::Container, "4b1a"),
+        ] {
+            selection.include(kind, value).unwrap();
+        }
+        for text in ["comm=sh", "uid=1"] {
+            selection.exclude(text).unwrap();
+        }
+        let args = "--comm nginx,redis* --comm x --exe /opt/** --cgroup /a --uid root --container 4b1a --exclude comm=sh \
+                    --exclude uid=1 --children";
+        let config = config(&args.split_whitespace().collect::<Vec<_>>());
+        assert_eq!((config.target, config.children), (system(selection, false), true));
+    }
+
+    /// What can select no process is refused, with the option and the reason.
+    #[test]
+    fn senseless_selections() {
+        for (args, accepted) in [
+            (["--comm", "a,,b"], "empty"),
+            (["--comm", "a-name-of-16-byt"], "15 bytes"),
+            (["--exe", "/opt/[a"], "pattern"),
+            (["--uid", "no such user"], "user of this host"),
+            (["--container", "a/b"], "letters"),
+            (["--exclude", "nginx"], "KIND=VALUE"),
+            (["--exclude", "name=nginx"], "KIND=VALUE"),
+            (["--exclude", "comm="], "empty"),
+        ] {
+            let text = check(&args).unwrap_err().to_string();
+            assert!(text.contains(args[0]) && text.contains(accepted), "{args:?}: {text}");
+        }
     }
 
     /// An option whose feature does not exist yet says so instead of doing nothing.

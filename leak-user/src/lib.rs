@@ -2,6 +2,7 @@
 //!
 //! The modules, in the order of the data:
 //!
+//! - [`select`]: which processes of the system are meant, and [`labels`]: what they are part of;
 //! - [`discover`]: which files of a process hold an allocator, and where a breakpoint is cheap;
 //! - [`unwind`]: how each frame of their code is left, for the walk in the kernel;
 //! - [`attach`]: loads the BPF programs and puts them there;
@@ -32,6 +33,7 @@ pub mod recording;
 pub mod report;
 pub mod ring;
 pub mod scout;
+pub mod select;
 pub mod spawn;
 pub mod symbols;
 pub mod trace;

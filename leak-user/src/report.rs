@@ -58,8 +58,8 @@ pub struct System {
     pub watched: u64,
     /// How many of them are traced.
     pub traced: u64,
-    /// How many may be traced at a time.
-    pub most_traced: u64,
+    /// How many may be traced at a time; `null`: all.
+    pub most_traced: Option<u64>,
     /// Those that are not traced: the fastest growing, then the largest.
     pub processes: Vec<Watched>,
     /// Who was traced or released, and why; the latest last, bounded.
@@ -114,6 +114,20 @@ pub struct Labels {
     /// Its pid in its own pid namespace, where that is not the host's.
     #[serde(default)]
     pub pid_in_namespace: Option<u32>,
+}
+
+impl From<crate::labels::Labels> for Labels {
+    fn from(labels: crate::labels::Labels) -> Self {
+        let (container, runtime) =
+            labels.container.map(|container| (container.id, container.runtime.name().to_owned())).unzip();
+        Self {
+            container,
+            container_runtime: runtime,
+            pod_uid: labels.pod,
+            unit: labels.unit,
+            pid_in_namespace: labels.inner_pid,
+        }
+    }
 }
 
 /// Traced processes of one executable that have ended.

@@ -255,7 +255,7 @@ pub fn system() -> Report {
     report.system = Some(System {
         watched: 212,
         traced: 2,
-        most_traced: 16,
+        most_traced: Some(16),
         processes: vec![watched(88, "postgres", 900, 2048.0), watched(1, "systemd", 12, 0.0)],
         decisions: vec![
             Decision {

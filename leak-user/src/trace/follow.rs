@@ -63,16 +63,14 @@ impl Run<'_> {
         }
         if let Err(error) = self.attach(target, false) {
             log::info!("pid {}, a child of {parent}, cannot be traced: {error:#}", child.tgid);
-            self.collector.core().forget(child.tgid);
-            self.programs.remove_target(child.tgid);
-            self.code.forget(child);
-            self.symbols.forget(child);
+            self.let_go(child);
         }
     }
 
-    /// Lets go of children that have ended, so that a run that sees many of them does not grow.
+    /// Lets go of children and picked processes that have ended, so that a run that sees many of them does not grow.
     pub(super) fn forget_ended_children(&mut self) {
-        let gone = |target: &Target| target.parent.is_some() && target.ended.is_some();
+        // Of those that the user named the end is part of the report.
+        let gone = |target: &Target| target.ended.is_some() && (target.parent.is_some() || target.reason.is_some());
         if !self.targets.iter().any(gone) {
             return;
         }
@@ -85,10 +83,7 @@ impl Run<'_> {
             let id = target.id();
             self.ended_children.add(snapshot.process(&target, self.started, &mut self.symbols));
             probes.extend(target.detach());
-            self.programs.remove_target(id.tgid);
-            self.code.forget(id);
-            self.symbols.forget(id);
-            self.collector.core().forget(id.tgid);
+            self.let_go(id);
         }
         crate::attach::detach(probes);
     }

@@ -9,6 +9,7 @@ mod collector;
 mod follow;
 mod host;
 mod summary;
+mod system;
 mod target;
 
 use std::fs::File;
@@ -28,6 +29,7 @@ use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
 use self::summary::{Moment, Snapshot};
+use self::system::System;
 use self::target::{Followed, Target};
 use crate::attach::{MappingHook, Programs, Settings, UprobeKind};
 use crate::cli::Feature;
@@ -118,6 +120,8 @@ struct Run<'a> {
     notices: mpsc::Receiver<Notice>,
     targets: Vec<Target>,
     ended_children: EndedChildren,
+    /// Where all processes of the system are meant.
+    system: Option<System>,
     files: Files,
     symbols: Symbols,
     code: Code,
@@ -137,7 +141,7 @@ impl<'a> Run<'a> {
         // Before anything is loaded: a pid that is not there, or not ours, is the likeliest mistake.
         let targets = match &config.target {
             What::Pids(pids) => pids.iter().map(|pid| Target::open(*pid, &files)).collect::<Result<_>>()?,
-            What::Command(_) => Vec::new(),
+            What::Command(_) | What::System { .. } => Vec::new(),
         };
         raise_memlock();
         let without = |feature| config.without.contains(&feature);
@@ -174,6 +178,10 @@ impl<'a> Run<'a> {
             notices,
             targets: Vec::new(),
             ended_children: EndedChildren::default(),
+            system: match &config.target {
+                What::System { selection, all } => Some(System::new((**selection).clone(), *all)),
+                What::Pids(_) | What::Command(_) => None,
+            },
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code: Code::new(settings.tables.then_some(settings.rows)),
@@ -191,6 +199,7 @@ impl<'a> Run<'a> {
                 }
             }
             What::Command(command) => run.start_command(command)?,
+            What::System { .. } => {}
         }
         Ok(run)
     }
@@ -286,6 +295,7 @@ impl<'a> Run<'a> {
             }
             self.take_notices();
             self.follow_threads(false);
+            self.tend_system();
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
@@ -311,7 +321,7 @@ impl<'a> Run<'a> {
             }
             // Every one is asked: each notes its own end.
             let running = self.targets.iter_mut().map(|target| u32::from(!target.notice_end())).sum::<u32>();
-            if running == 0 {
+            if running == 0 && self.system.is_none() {
                 return Ok(Ended::TargetsExited);
             }
             if self.config.duration.is_some_and(|duration| self.started.elapsed() >= duration) {
@@ -468,6 +478,10 @@ impl<'a> Run<'a> {
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
         report.processes.extend(self.ended_children.leaking.iter().cloned());
+        if let Some(system) = &self.system {
+            report.processes.extend(system.settled().cloned());
+            report.system = Some(system.report(&self.targets));
+        }
         report.ended_processes = self.ended_children.sums.values().cloned().collect();
         report.command = self.describe_command();
         if let (Some(command), Some(process)) = (&report.command, report.processes.first_mut())

@@ -137,6 +137,13 @@ impl Snapshot {
         all.partition(|(name, _)| !NO_LOSS.contains(&name.as_str()))
     }
 
+    /// What is thought of one process.
+    pub fn verdict(&self, target: &Target) -> ProcessVerdict {
+        let judged = self.processes.iter().find(|(of, _)| *of == target.id().tgid);
+        let summaries = judged.map_or(&[][..], |(_, judged)| &judged.summaries);
+        detect::judge_process(&target.samples, summaries, None).verdict
+    }
+
     /// The report's entry of one process.
     pub fn process(&mut self, target: &Target, started: Instant, symbols: &mut Symbols) -> report::Process {
         let tgid = target.id().tgid;
@@ -152,7 +159,7 @@ impl Snapshot {
             comm: target.process.comm.clone(),
             exe: target.process.exe.as_ref().map(|exe| exe.to_string_lossy().into_owned()),
             cgroup: target.process.cgroup.clone(),
-            labels: report::Labels::default(),
+            labels: target.labels.clone(),
             reason: target.reason.clone(),
             verdict: match verdict.verdict {
                 ProcessVerdict::Leaking => report::Verdict::Leaking,

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use crate::attach::{Places, Point, Probes, Programs};
 use crate::detect::Sample;
 use crate::discover::{AllocatorFile, Discovery, FileId, Files, Named, ProbePoint, maps};
+use crate::labels::Labels;
 use crate::process::{MemoryLimit, Process, ProcessId, RssSampler};
 use crate::report;
 
@@ -55,6 +56,7 @@ pub struct Target {
     /// Its memory over time.
     pub samples: Vec<Sample>,
     pub memory_limit: Option<MemoryLimit>,
+    pub labels: report::Labels,
     /// An event told that its first thread ended; for [`Self::follow_threads`] to look at.
     pub leader_ended: bool,
     /// When it ended.
@@ -74,6 +76,7 @@ impl Target {
         Ok(Self {
             rss: process.rss().ok(),
             memory_limit: process.memory_limit(),
+            labels: Labels::read(process.through()).into(),
             discovery,
             files: HashMap::new(),
             samples: Vec::new(),

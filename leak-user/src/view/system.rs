@@ -120,8 +120,8 @@ fn ended_line(ended: &EndedProcesses) -> String {
 }
 
 fn headline(system: &System) -> Vec<Span<'static>> {
-    let text =
-        format!("{} watched, {} of at most {} traced", processes(system.watched), system.traced, system.most_traced);
+    let most = system.most_traced.map_or_else(String::new, |most| format!(" of at most {most}"));
+    let text = format!("{} watched, {}{most} traced", processes(system.watched), system.traced);
     vec![Span::styled(text, BOLD)]
 }
 

@@ -1,0 +1,258 @@
+//! The whole system: all processes are watched, and those that the scout picks are traced.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::Run;
+use super::summary::{Moment, Snapshot};
+use super::target::Target;
+use crate::labels::Labels;
+use crate::losses::monotonic_now;
+use crate::process::{Process, ProcessId};
+use crate::report::{self, Decided};
+use crate::scout::watch::{Resident, Watch};
+use crate::scout::{Action, Decision, Limits, Scout};
+use crate::select::{ProcessFacts, Selection};
+
+/// Between two looks at all processes, if a look is cheap.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A look takes at most one part in so many of the time.
+const SHARE: u32 = 150;
+/// Between two judgements of what is traced.
+const JUDGE_EVERY: Duration = Duration::from_secs(5);
+/// After this time processes that were not wanted are asked after again: they may have executed another program.
+const ASK_AGAIN_EVERY: Duration = Duration::from_secs(30);
+/// Watched processes, and decisions, in a report.
+const LISTED: usize = 20;
+/// Decisions that are kept.
+const DECISIONS: usize = 256;
+/// Reports of processes that leak and are not traced any more.
+const SETTLED: usize = 64;
+
+/// What is known of a process that is watched.
+struct Known {
+    comm: String,
+    exe: Option<String>,
+    labels: report::Labels,
+    first: u64,
+    last: Resident,
+}
+
+/// The processes of the system.
+pub(super) struct System {
+    selection: Selection,
+    all: bool,
+    scout: Scout,
+    most: usize,
+    watch: Watch,
+    known: HashMap<ProcessId, Known>,
+    /// Wanted, and not looked at before; only with `all`.
+    new: Vec<ProcessId>,
+    decisions: VecDeque<report::Decision>,
+    /// What was last said of processes that leak and are not traced any more.
+    settled: VecDeque<report::Process>,
+    next_look: Instant,
+    judged: Instant,
+    asked: Instant,
+}
+
+impl System {
+    pub fn new(selection: Selection, all: bool) -> Self {
+        let limits = if all { Limits { most: usize::MAX } } else { Limits::default() };
+        let now = Instant::now();
+        Self {
+            selection,
+            all,
+            scout: Scout::new(limits),
+            most: limits.most,
+            watch: Watch::new(),
+            known: HashMap::new(),
+            new: Vec::new(),
+            decisions: VecDeque::new(),
+            settled: VecDeque::new(),
+            next_look: now,
+            judged: now,
+            asked: now,
+        }
+    }
+
+    /// Looks at all processes, `time` seconds after the start.
+    fn look(&mut self, time: f64) {
+        let start = Instant::now();
+        if self.asked.elapsed() >= ASK_AGAIN_EVERY {
+            self.asked = start;
+            self.watch.ask_again();
+        }
+        let Self { watch, selection, known, all, new, scout, .. } = self;
+        let look = watch.look(|id| {
+            let Some(process) = wanted(id, selection) else { return false };
+            known.insert(id, process);
+            if *all {
+                new.push(id);
+            }
+            true
+        });
+        for (id, resident) in look.resident {
+            scout.sample(id, time, resident.own);
+            if let Some(known) = known.get_mut(&id) {
+                if known.first == 0 {
+                    known.first = resident.total;
+                }
+                known.last = resident;
+            }
+        }
+        for id in look.ended {
+            scout.forget(id);
+            known.remove(&id);
+        }
+        self.next_look = start + LOOK_EVERY.max(start.elapsed() * SHARE);
+    }
+
+    fn note(&mut self, time: f64, id: ProcessId, what: Decided, reason: &str) {
+        if self.decisions.len() == DECISIONS {
+            self.decisions.pop_front();
+        }
+        let comm = self.known.get(&id).map_or_else(String::new, |known| known.comm.clone());
+        self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason: reason.to_owned() });
+    }
+
+    /// What a report says of it, without what is traced.
+    pub fn report(&self, traced: &[Target]) -> report::System {
+        let is_traced = |id: &ProcessId| traced.iter().any(|target| target.id() == *id && target.ended.is_none());
+        let slope = |id: &ProcessId| self.scout.slope(*id).map_or(0.0, |(slope, _)| slope);
+        let mut watched: Vec<(&ProcessId, &Known)> = self.known.iter().filter(|(id, _)| !is_traced(id)).collect();
+        watched.sort_by(|(a, ka), (b, kb)| {
+            slope(b).total_cmp(&slope(a)).then_with(|| kb.last.total.cmp(&ka.last.total)).then_with(|| a.cmp(b))
+        });
+        report::System {
+            watched: self.known.len() as u64,
+            traced: traced.iter().filter(|target| target.ended.is_none()).count() as u64,
+            most_traced: if self.all { None } else { Some(self.most as u64) },
+            processes: watched
+                .into_iter()
+                .take(LISTED)
+                .map(|(id, known)| report::Watched {
+                    pid: id.tgid,
+                    comm: known.comm.clone(),
+                    exe: known.exe.clone(),
+                    labels: known.labels.clone(),
+                    rss: report::Rss {
+                        first_bytes: Some(known.first),
+                        last_bytes: Some(known.last.total),
+                        growth_bytes_per_s: self.scout.slope(*id).map(|(slope, _)| slope),
+                    },
+                })
+                .collect(),
+            decisions: self.decisions.iter().rev().take(LISTED * 2).rev().cloned().collect(),
+        }
+    }
+
+    /// Processes that leak and are not traced any more.
+    pub fn settled(&self) -> impl Iterator<Item = &report::Process> {
+        self.settled.iter()
+    }
+}
+
+/// What is known of this process if it is selected.
+fn wanted(id: ProcessId, selection: &Selection) -> Option<Known> {
+    let process = Process::open(id.tgid).ok().filter(|process| process.id == id)?;
+    let labels = Labels::read(process.through());
+    selection.matches(&ProcessFacts::of(&process, &labels)).then(|| Known {
+        comm: process.comm.clone(),
+        exe: process.exe.as_ref().map(|exe| exe.to_string_lossy().into_owned()),
+        labels: labels.into(),
+        first: 0,
+        last: Resident::default(),
+    })
+}
+
+impl Run<'_> {
+    /// Looks after the system, if that is what is traced; to be called often.
+    pub(super) fn tend_system(&mut self) {
+        let Some(mut system) = self.system.take() else { return };
+        let time = self.started.elapsed().as_secs_f64();
+        if Instant::now() >= system.next_look {
+            system.look(time);
+            if system.judged.elapsed() >= JUDGE_EVERY {
+                system.judged = Instant::now();
+                self.judge(&mut system, time);
+            }
+            let mut decisions = if system.all { Vec::new() } else { system.scout.decide(time) };
+            decisions.extend(std::mem::take(&mut system.new).into_iter().map(|id| Decision {
+                id,
+                action: Action::Promote,
+                reason: "all are traced".to_owned(),
+            }));
+            for decision in decisions {
+                match decision.action {
+                    Action::Promote => self.promote(&mut system, time, &decision),
+                    Action::Release => self.release(&mut system, time, &decision),
+                }
+            }
+        }
+        self.system = Some(system);
+    }
+
+    fn judge(&self, system: &mut System, time: f64) {
+        if self.targets.is_empty() {
+            return;
+        }
+        let moment = Moment { now: monotonic_now(), start: self.start_ns };
+        let snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        for target in &self.targets {
+            system.scout.verdict(target.id(), snapshot.verdict(target), time);
+        }
+    }
+
+    fn promote(&mut self, system: &mut System, time: f64, decision: &Decision) {
+        let id = decision.id;
+        let opened = Target::open(id.tgid, &self.files).ok().filter(|target| target.id() == id);
+        // Otherwise it has ended, or is traced as somebody's child.
+        let Some(mut target) = opened.filter(|_| !self.targets.iter().any(|target| target.id() == id)) else { return };
+        target.reason = Some(decision.reason.clone());
+        match self.attach(target, true) {
+            Ok(()) => {
+                log::info!("pid {}: traced, because {}", id.tgid, decision.reason);
+                system.settled.retain(|process| process.pid != id.tgid);
+                system.note(time, id, Decided::Promoted, &decision.reason);
+            }
+            Err(error) => {
+                self.let_go(id);
+                system.scout.refuse(id);
+                if !system.all {
+                    system.note(time, id, Decided::Released, &format!("it cannot be traced: {error:#}"));
+                }
+                log::info!("pid {} cannot be traced: {error:#}", id.tgid);
+            }
+        }
+    }
+
+    fn release(&mut self, system: &mut System, time: f64, decision: &Decision) {
+        let id = decision.id;
+        system.note(time, id, Decided::Released, &decision.reason);
+        let Some(place) = self.targets.iter().position(|target| target.id() == id) else { return };
+        let moment = Moment { now: monotonic_now(), start: self.start_ns };
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let mut target = self.targets.remove(place);
+        let process = snapshot.process(&target, self.started, &mut self.symbols);
+        if process.verdict == report::Verdict::Leaking {
+            if system.settled.len() == SETTLED {
+                system.settled.pop_front();
+            }
+            system.settled.push_back(process);
+        }
+        // Nothing is traced by anybody in it from the first probe that goes on: its ledger goes with it.
+        self.programs.remove_target(id.tgid);
+        crate::attach::detach(target.detach());
+        self.let_go(id);
+        log::info!("pid {}: released, because {}", id.tgid, decision.reason);
+    }
+
+    /// Forgets all that is known of a process that is not traced any more.
+    pub(super) fn let_go(&mut self, id: ProcessId) {
+        self.programs.remove_target(id.tgid);
+        self.code.forget(id);
+        self.symbols.forget(id);
+        self.collector.core().forget(id.tgid);
+    }
+}
