@@ -125,6 +125,27 @@ pub fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// User and system time that a process has used.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    // The name may hold anything; behind it the state is the first field, and utime and stime are 12th and 13th.
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split_whitespace();
+    let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    // SAFETY: no memory is passed.
+    let rate = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    Ok(Duration::from_secs_f64(ticks as f64 / rate as f64))
+}
+
+/// The most resident memory that a process has had, in bytes.
+pub fn peak_rss(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+    let kilobytes: u64 = line.and_then(|number| number.parse().ok()).with_context(|| format!("no VmHWM in {path}"))?;
+    Ok(kilobytes * 1024)
+}
+
 /// BPF programs and links by their ids, which are not handed out again until the 31-bit counter has wrapped.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BpfObjects {

@@ -129,10 +129,16 @@ pub struct ProgramTime {
 }
 
 /// What the target says of a run.
-struct Run {
+pub struct Run {
     pairs: u64,
     seconds: f64,
     cpu_seconds: f64,
+}
+
+impl Run {
+    pub fn pairs_per_s(&self) -> f64 {
+        self.pairs as f64 / self.seconds
+    }
 }
 
 /// Measures one cell.
@@ -152,7 +158,7 @@ pub fn cell(tools: &Tools, targets: &Targets, row: Row, workload: Workload, roun
     let mut cell = Cell {
         row,
         round,
-        pairs_per_s: plain.pairs as f64 / plain.seconds,
+        pairs_per_s: plain.pairs_per_s(),
         target_cpus: plain.cpu_seconds / plain.seconds,
         tracer: None,
     };
@@ -191,7 +197,8 @@ pub fn cell(tools: &Tools, targets: &Targets, row: Row, workload: Workload, roun
     Ok(cell)
 }
 
-fn run(target: &mut Fixture, duration: Duration) -> Result<Run> {
+/// Lets the target work for so long.
+pub fn run(target: &mut Fixture, duration: Duration) -> Result<Run> {
     let answer = target.ask(&format!("run {}", duration.as_millis()))?;
     let number = |key: &str| {
         answer[key].as_f64().with_context(|| format!("failed to read {key} in the target's answer {answer}"))

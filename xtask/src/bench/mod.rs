@@ -28,6 +28,7 @@ use crate::run;
 use crate::setup::setup;
 
 mod first;
+mod many;
 mod measure;
 mod peer;
 mod summary;
@@ -194,7 +195,9 @@ fn measure_all(options: &Options) -> Result<(Summary, Option<tempfile::NamedTemp
     eprintln!("bench: unwind tables");
     let tables = unwinding::measure(&release.join("examples/unwind_tables"), plan.rounds)?;
     let first = measure_first(&tools, &targets, plan)?;
-    let summary = Summary::new(plan, &WORKLOADS, cells, tools.memleak.err()).with(tables, first);
+    eprintln!("bench: many processes");
+    let many = many::measure(&tools, &targets.frame_pointers, plan)?;
+    let summary = Summary::new(plan, &WORKLOADS, cells, tools.memleak.err()).with(tables, first, many);
     Ok((summary, json))
 }
 

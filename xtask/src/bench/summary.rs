@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::Workload;
 use super::first::{self, First};
+use super::many::Many;
 use super::measure::{Cell, Plan, ReportFigures, TracerFigures};
 use super::tool::Row;
 use super::unwinding::Tables;
@@ -17,6 +18,7 @@ pub struct Summary {
     pub tables: Vec<Tables>,
     /// Of each program, each round.
     pub first: Vec<(first::Program, Vec<First>)>,
+    pub many: Many,
     /// Why there is no memleak, if there is none.
     pub memleak_missing: Option<String>,
     pub host: Host,
@@ -84,13 +86,21 @@ impl Summary {
             .flat_map(|measured| &measured.cells)
             .filter_map(|cell| cell.tracer.as_ref()?.report.as_ref());
         let libc = reports.map(|report| report.libc.clone()).next().unwrap_or_default();
-        Self { plan, workloads, tables: Vec::new(), first: Vec::new(), memleak_missing, host: Host::this(libc) }
+        Self {
+            plan,
+            workloads,
+            tables: Vec::new(),
+            first: Vec::new(),
+            many: Many::default(),
+            memleak_missing,
+            host: Host::this(libc),
+        }
     }
 
     /// Adds what is measured apart from the workloads.
     #[must_use]
-    pub fn with(self, tables: Vec<Tables>, first: Vec<(first::Program, Vec<First>)>) -> Self {
-        Self { tables, first, ..self }
+    pub fn with(self, tables: Vec<Tables>, first: Vec<(first::Program, Vec<First>)>, many: Many) -> Self {
+        Self { tables, first, many, ..self }
     }
 
     pub fn rounds(&self) -> u32 {
@@ -121,6 +131,7 @@ impl Summary {
                 "kept_of_raw": tables.kept(),
                 "targets": targets_json(tables.targets()),
             })).collect::<Vec<_>>(),
+            "many_processes": self.many,
             "first_allocation": self.first.iter().map(|(program, runs)| json!({
                 "program": program.name(),
                 "seconds": first_seconds(runs),

@@ -50,6 +50,7 @@ pub fn render(summary: &Summary) -> String {
     targets(&mut text, summary);
     unwind_tables(&mut text, summary);
     first_allocation(&mut text, summary);
+    text += &summary.many.render();
     let share = summary.workloads.iter().filter_map(Measured::share).reduce(f64::min).filter(|share| *share < QUIET);
     if let Some(share) = share {
         let _ = writeln!(

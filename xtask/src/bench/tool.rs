@@ -1,6 +1,6 @@
 //! What is attached to the target: how each tool is started, known to be attached, read and ended.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read as _, Seek as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -198,23 +198,12 @@ impl Tracer {
 
     /// User and system time that it has used.
     pub fn cpu(&self) -> Result<Duration> {
-        let path = format!("/proc/{}/stat", self.pid());
-        let stat = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
-        // The name may hold anything; behind it the state is the first field, and utime and stime are 12th and 13th.
-        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split_whitespace();
-        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-        let rate = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("the kernel has no clock tick")?;
-        Ok(Duration::from_secs_f64(ticks as f64 / rate as f64))
+        host::cpu_time(self.pid())
     }
 
     /// The most resident memory that it has had, in bytes.
     pub fn peak_rss(&self) -> Result<u64> {
-        let path = format!("/proc/{}/status", self.pid());
-        let status = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
-        let kilobytes: u64 =
-            line.and_then(|number| number.parse().ok()).with_context(|| format!("no VmHWM in {path}"))?;
-        Ok(kilobytes * 1024)
+        host::peak_rss(self.pid())
     }
 
     /// Ends it as Ctrl-C does.
