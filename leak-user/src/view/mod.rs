@@ -64,7 +64,7 @@ impl Output {
     pub fn open(config: &Config) -> Result<Self> {
         let stdout = io::stdout();
         let terminal = stdout.is_terminal();
-        let alone = matches!(config.target, Target::Pids(_));
+        let alone = !matches!(config.target, Target::Command(_));
         let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
         let sink = if let Some(path) = &config.output {
             Sink::File(ReportFile::create(path)?)
