@@ -355,7 +355,7 @@ fn static_program() -> Result<()> {
 #[test]
 fn leak_is_named_with_its_stack() -> Result<()> {
     let Some(trace) = trace("leak_is_named_with_its_stack")? else { return Ok(()) };
-    assert_eq!(trace.outcome.code()?, 3, "{}", trace.outcome.stderr);
+    assert_eq!(trace.outcome.code()?, 3, "{}\n{}", trace.outcome.stderr, summary(&trace.last));
     let (pid, _) = trace.accounts.get("demo").context("there is no demo")?;
     let report = only(&trace.last, *pid);
     let growing: Vec<&Value> = stacks(&trace.last).filter(|stack| stack["verdict"] == "growing").collect();
