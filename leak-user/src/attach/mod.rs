@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapType};
 use aya::programs::RawTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
@@ -67,22 +67,49 @@ const PROCESS_PROGRAMS: [(&str, &str); 2] =
 /// The start of processes, which only matters where children are followed.
 const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")];
 
-/// The object as it is loaded: without our own ring its map is made as small as can be, because kernels that lack what the ring
-/// rests on also refuse values of more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
-fn object(own_ring: bool) -> Result<Cow<'static, [u8]>> {
-    if own_ring {
+/// Threads whose state there is room for beside those of the common slots, where the room is taken in advance: 4,096 of 7.4 KiB are
+/// 30 MiB. Threads beyond that are counted as a loss.
+const PREALLOCATED_THREADS: u32 = 4096;
+
+/// Offsets in `struct bpf_map_def`: type, size of keys, size of values, number of elements, flags.
+const MAP_VALUE_SIZE: usize = 8;
+const MAP_FLAGS: usize = 16;
+
+/// Whether tracing programs may use hash maps that allocate elements as they come. Before 6.1 the kernel holds that unsafe (a probe
+/// inside its allocator would enter the allocator again) and says so by a `WARN_ONCE`, which takes down a host with
+/// `panic_on_warn` (`check_map_prog_compatibility`,
+/// <https://github.com/torvalds/linux/blob/v5.10/kernel/bpf/verifier.c>). Since then such maps have an allocator of their own. Trying
+/// it would print the warning, so a type of map is asked for that came with the same release.
+fn has_map_allocator() -> bool {
+    aya::sys::is_map_supported(MapType::UserRingBuf).unwrap_or(false)
+}
+
+/// The object as it is loaded.
+///
+/// - Without our own ring its map is made as small as can be, because kernels that lack what the ring rests on also refuse values of
+///   more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
+/// - Without an allocator for maps the table of threads takes its memory in advance.
+fn object(own_ring: bool, map_allocator: bool) -> Result<Cow<'static, [u8]>> {
+    let mut changes: Vec<(&str, usize, u32)> = Vec::new();
+    if !own_ring {
+        changes.push(("RING", MAP_VALUE_SIZE, 8));
+    }
+    if !map_allocator {
+        changes.push(("THREADS", MAP_FLAGS, 0));
+    }
+    if changes.is_empty() {
         return Ok(Cow::Borrowed(OBJECT));
     }
     let file = object::File::parse(OBJECT).context("failed to parse the BPF object")?;
-    let ring = file.symbol_by_name("RING").context("the BPF object lacks the map RING")?;
-    let section = ring.section_index().context("the map RING is in no section")?;
-    let section = file.section_by_index(section)?;
-    let (start, _) = section.file_range().context("the section of maps is empty")?;
-    // struct bpf_map_def: type, size of keys, size of values, ...
-    let at = usize::try_from(start + ring.address() - section.address())? + 8;
     let mut bytes = OBJECT.to_vec();
-    let value_size = bytes.get_mut(at..at + 4).context("the BPF object is cut off")?;
-    value_size.copy_from_slice(&8_u32.to_ne_bytes());
+    for (name, offset, value) in changes {
+        let map = file.symbol_by_name(name).with_context(|| format!("the BPF object lacks the map {name}"))?;
+        let section = map.section_index().with_context(|| format!("the map {name} is in no section"))?;
+        let section = file.section_by_index(section)?;
+        let (start, _) = section.file_range().context("the section of maps is empty")?;
+        let at = usize::try_from(start + map.address() - section.address())? + offset;
+        bytes.get_mut(at..at + 4).context("the BPF object is cut off")?.copy_from_slice(&value.to_ne_bytes());
+    }
     Ok(Cow::Owned(bytes))
 }
 
@@ -119,7 +146,7 @@ pub struct Settings {
     pub min_size: u64,
     /// Allocations above this many bytes are not followed.
     pub max_size: u64,
-    /// Does without what kernels before 5.17 lack: atomic operations with a result and `bpf_loop`.
+    /// Does without what kernels before 6.1 lack: atomic operations with a result, `bpf_loop`, and maps that grow.
     pub old_kernel: bool,
     /// Whether mapping system calls are followed.
     pub mappings: bool,
@@ -274,7 +301,11 @@ impl Programs {
         let tables = u64::from(settings.tables);
         let own_ring = sys::has_fetch_add() && !settings.old_kernel;
         let has_loop = sys::has_loop() && !settings.old_kernel;
-        let bytes = object(own_ring)?;
+        let map_allocator = has_map_allocator() && !settings.old_kernel;
+        let bytes = object(own_ring, map_allocator)?;
+        if !map_allocator {
+            loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
+        }
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
@@ -505,6 +536,8 @@ pub struct Abilities {
     pub loops: bool,
     /// Atomic operations with a result, which our own ring rests on.
     pub own_ring: bool,
+    /// Maps that grow while programs at probes use them; otherwise the memory for threads is taken in advance.
+    pub map_allocator: bool,
     /// How mapping calls can be watched.
     pub mapping_hook: MappingHook,
 }
@@ -520,6 +553,7 @@ impl Abilities {
         Self {
             loops,
             own_ring: sys::has_fetch_add(),
+            map_allocator: has_map_allocator(),
             mapping_hook: if loops && tracing(&function, Hook::FunctionExit) {
                 MappingHook::Functions
             } else if loops && tracing("btf_trace_sys_exit", Hook::Tracepoint) {
