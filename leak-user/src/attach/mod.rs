@@ -547,7 +547,7 @@ impl Abilities {
     pub fn probe() -> Self {
         let btf = kernel_types();
         let tracing = |name: &str, hook: fn(u32) -> Hook| {
-            btf.as_ref().and_then(|btf| btf.id(name)).is_some_and(|id| sys::loads_empty(hook(id)))
+            btf.as_ref().and_then(|btf| btf.id(name)).is_some_and(|id| sys::attaches_empty(hook(id)))
         };
         let (loops, function) = (sys::has_loop(), format!("{SYSCALL_PREFIX}mmap"));
         Self {

@@ -185,10 +185,10 @@ fn assemble<const N: usize>(code: [(u8, u8, u8, i16, i32); N]) -> [bpf_insn; N] 
     })
 }
 
-/// Whether a program that does nothing can be loaded for this hook.
-pub fn loads_empty(hook: Hook) -> bool {
-    // r0 = 0; exit
-    load_for(hook, &assemble([(0xb7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0)])).is_ok()
+/// Whether a program that does nothing can be put at this function or typed tracepoint. It is put there for a moment: some
+/// kernels load what they then refuse to attach (arm64 before 6.4, which has the programs and not the way into them).
+pub fn attaches_empty(hook: Hook) -> bool {
+    load_answer("leak_probe", hook, 0).and_then(|program| link_tracing(program.as_fd())).is_ok()
 }
 
 fn load_instructions(instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
