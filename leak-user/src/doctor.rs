@@ -7,7 +7,7 @@ use std::io::{self, Write};
 
 use nix::sys::utsname::uname;
 
-use crate::attach::{Abilities, LinkSupport, MappingHook, UprobeKind};
+use crate::attach::{Abilities, LinkSupport, MappingHook, StackWalk, UprobeKind};
 use crate::view::safe;
 
 /// Where the kernel's type information stands.
@@ -293,7 +293,11 @@ fn abilities(abilities: Abilities) -> [Check; 4] {
              (--resource heap does without)"
         }
     };
-    let walk = if abilities.loops { "in one program (bpf_loop)" } else { "by tail calls; Linux 5.17 has bpf_loop" };
+    let walk = match abilities.walk {
+        StackWalk::Loop => "in one program (bpf_loop)",
+        StackWalk::TailCalls => "by tail calls; Linux 5.17 has bpf_loop",
+        StackWalk::PlainLoop => "by frame pointers only, in one program; Linux 5.17 has bpf_loop",
+    };
     let ring = if abilities.own_ring {
         "our own (atomic operations with a result)"
     } else {
@@ -374,7 +378,7 @@ mod tests {
             bpf_jit_enable: Some(1),
             links: Some(LinkSupport { multi: true, session: false }),
             abilities: Some(Abilities {
-                loops: true,
+                walk: StackWalk::Loop,
                 own_ring: true,
                 map_allocator: true,
                 mapping_hook: MappingHook::Functions,

@@ -18,7 +18,7 @@ use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, place, verify};
 pub use self::walk::Walk;
 use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, run, step, word};
 use crate::emit::{header, output_bytes};
-use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, generation, has_loop};
+use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, generation, has_loop, tail_calls};
 use crate::regs::{self, Frame};
 use crate::thread::{Thread, current, ids};
 use crate::unwind;
@@ -39,7 +39,7 @@ pub enum For {
 
 /// Takes the stack of `thread` from `frame`. Its hash goes to the call in flight; user space has been sent the stack, or will
 /// be with the next allocation from it if the ring was full. Nothing may be left to do after this: where there is no `bpf_loop`,
-/// it does not return.
+/// it may not return.
 #[inline(always)]
 pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: u8) {
     let generation = generation();
@@ -64,15 +64,16 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
         let pc = if what == For::Call { frame.link } else { frame.pc };
         walk.push(pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
     }
-    if !has_loop() {
-        if walk.end == RUNNING {
+    if walk.end == RUNNING {
+        if has_loop() || !tail_calls() {
+            run::<STEPS>(step, walk);
+        } else {
             follow_on(ctx, what);
         }
+    }
+    if !has_loop() {
         finish(thread, what);
         return;
-    }
-    if walk.end == RUNNING {
-        run::<STEPS>(step, walk);
     }
     if walk.end == MATCHED {
         // The matched frame itself has just been read.

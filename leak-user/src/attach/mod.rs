@@ -139,15 +139,15 @@ fn entry_program(shape: u8) -> &'static str {
 }
 
 /// What is fixed when the programs are loaded.
-#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Allocations below this many bytes are not followed.
     pub min_size: u64,
     /// Allocations above this many bytes are not followed.
     pub max_size: u64,
-    /// Does without what kernels before 6.1 lack: atomic operations with a result, `bpf_loop`, and maps that grow.
-    pub old_kernel: bool,
+    /// Walks stacks like this instead of in the best way; but with [`StackWalk::Loop`] does without what else kernels lack that have
+    /// to walk so: atomic operations with a result, and maps that grow.
+    pub walk: Option<StackWalk>,
     /// Whether mapping system calls are followed.
     pub mappings: bool,
     /// Uses this kind of probe instead of the best one.
@@ -167,7 +167,7 @@ impl Default for Settings {
         Self {
             min_size: 0,
             max_size: u64::MAX,
-            old_kernel: false,
+            walk: None,
             mappings: true,
             kind: None,
             tables: true,
@@ -224,6 +224,7 @@ pub struct Programs {
     system_links: Vec<OwnedFd>,
     mapping_hook: MappingHook,
     own_ring: bool,
+    tables: bool,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -298,10 +299,21 @@ impl Programs {
         for (name, value) in TASK_SETTINGS.into_iter().zip(&task_offsets) {
             loader.override_global(name, value, true);
         }
-        let tables = u64::from(settings.tables);
-        let own_ring = sys::has_fetch_add() && !settings.old_kernel;
-        let has_loop = sys::has_loop() && !settings.old_kernel;
-        let map_allocator = has_map_allocator() && !settings.old_kernel;
+        let walk = settings.walk.unwrap_or_else(StackWalk::probe);
+        let (has_loop, tail_calls) = (walk == StackWalk::Loop, walk == StackWalk::TailCalls);
+        let is_old = settings.walk.is_some() && !has_loop;
+        let own_ring = sys::has_fetch_add() && !is_old;
+        let tables = settings.tables && walk != StackWalk::PlainLoop;
+        let map_allocator = has_map_allocator() && !is_old;
+        let globals = [
+            ("USE_TABLES", u64::from(tables)),
+            ("OWN_RING", u64::from(own_ring)),
+            ("HAS_LOOP", u64::from(has_loop)),
+            ("TAIL_CALLS", u64::from(tail_calls)),
+        ];
+        for (name, value) in &globals {
+            loader.override_global(name, value, true);
+        }
         let bytes = object(own_ring, map_allocator)?;
         if !map_allocator {
             loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
@@ -309,17 +321,14 @@ impl Programs {
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
-            .override_global("USE_TABLES", &tables, true)
-            .override_global("OWN_RING", &u64::from(own_ring), true)
-            .override_global("HAS_LOOP", &u64::from(has_loop), true)
             // The one that is not used takes as little as there can be.
             .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
-            .map_max_entries("ROWS", if settings.tables { settings.rows.max(1) } else { 1 })
+            .map_max_entries("ROWS", if tables { settings.rows.max(1) } else { 1 })
             .load(&bytes)
             .context("failed to load the BPF maps")?;
         let objects = Objects::parse(&bytes, &ebpf, own_ring, has_loop)?;
         let uprobes = load_uprobes(&objects, kind)?;
-        let walkers = if has_loop { Vec::new() } else { load_walkers(&objects, &ebpf, kind)? };
+        let walkers = if tail_calls { load_walkers(&objects, &ebpf, kind)? } else { Vec::new() };
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
@@ -335,6 +344,7 @@ impl Programs {
             system_links: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
+            tables,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -384,6 +394,11 @@ impl Programs {
     /// Whether records come through our own ring.
     pub fn has_own_ring(&self) -> bool {
         self.own_ring
+    }
+
+    /// Whether stacks are unwound with tables: where that was asked for, and the kernel follows such a walk.
+    pub fn has_tables(&self) -> bool {
+        self.tables
     }
 
     /// How mapping calls are watched.
@@ -529,11 +544,34 @@ fn load_walkers(objects: &Objects, ebpf: &Ebpf, kind: UprobeKind) -> Result<Vec<
     walkers.into_iter().map(load).collect()
 }
 
+/// How a stack of many frames is walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackWalk {
+    /// In one program, and verified rather than walked where possible: `bpf_loop` (5.17).
+    Loop,
+    /// By programs that follow one another (arm64: 6.0, for programs that have functions).
+    TailCalls,
+    /// In one program that the verifier follows step by step, which is too much for tables.
+    PlainLoop,
+}
+
+impl StackWalk {
+    /// The best way of the running kernel.
+    fn probe() -> Self {
+        if sys::has_loop() {
+            Self::Loop
+        } else if sys::has_mixed_tail_calls() {
+            Self::TailCalls
+        } else {
+            Self::PlainLoop
+        }
+    }
+}
+
 /// What makes tracing cheaper where the kernel has it; found by trying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Abilities {
-    /// `bpf_loop`: a whole stack is walked, and verified, in one program.
-    pub loops: bool,
+    pub walk: StackWalk,
     /// Atomic operations with a result, which our own ring rests on.
     pub own_ring: bool,
     /// Maps that grow while programs at probes use them; otherwise the memory for threads is taken in advance.
@@ -549,9 +587,10 @@ impl Abilities {
         let tracing = |name: &str, hook: fn(u32) -> Hook| {
             btf.as_ref().and_then(|btf| btf.id(name)).is_some_and(|id| sys::attaches_empty(hook(id)))
         };
-        let (loops, function) = (sys::has_loop(), format!("{SYSCALL_PREFIX}mmap"));
+        let (walk, function) = (StackWalk::probe(), format!("{SYSCALL_PREFIX}mmap"));
+        let loops = walk == StackWalk::Loop;
         Self {
-            loops,
+            walk,
             own_ring: sys::has_fetch_add(),
             map_allocator: has_map_allocator(),
             mapping_hook: if loops && tracing(&function, Hook::FunctionExit) {

@@ -31,7 +31,7 @@ use self::follow::EndedChildren;
 use self::summary::{Moment, Snapshot};
 use self::system::System;
 use self::target::{Followed, Target};
-use crate::attach::{MappingHook, Programs, Settings, UprobeKind};
+use crate::attach::{MappingHook, Programs, Settings, StackWalk, UprobeKind};
 use crate::cli::Feature;
 use crate::config::{Config, Target as What, Unwind};
 use crate::discover::Files;
@@ -148,7 +148,11 @@ impl<'a> Run<'a> {
         raise_memlock();
         let without = |feature| config.without.contains(&feature);
         let settings = Settings {
-            old_kernel: without(Feature::Loop),
+            walk: match (without(Feature::Loop), without(Feature::TailCalls)) {
+                (true, true) => Some(StackWalk::PlainLoop),
+                (true, false) => Some(StackWalk::TailCalls),
+                (false, _) => None,
+            },
             kind: match (without(Feature::Session), without(Feature::Multi)) {
                 (_, true) => Some(UprobeKind::Perf),
                 (true, false) => Some(UprobeKind::Multi),
@@ -172,6 +176,7 @@ impl<'a> Run<'a> {
         forward_logs(&mut programs);
         let ledger = Ledger::new(LedgerConfig { page_size: page_size() as u64, ..LedgerConfig::default() });
         let (collector, notices) = Collector::start(ledger, ring, losses, recording)?;
+        let code = Code::new(programs.has_tables().then_some(settings.rows));
         let started = Instant::now();
         let mut run = Self {
             config,
@@ -186,7 +191,7 @@ impl<'a> Run<'a> {
             },
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
-            code: Code::new(settings.tables.then_some(settings.rows)),
+            code,
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
