@@ -14,9 +14,9 @@ use core::ffi::c_void;
 use aya_ebpf::helpers::generated::bpf_tail_call;
 use leak_common::{MAX_FRAMES, StackHeader, counter, kind, stack_end};
 
-use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, place, verify};
+use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, place, place_addresses, verify};
 pub use self::walk::Walk;
-use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, run, step, word};
+use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, mix, run, step, word};
 use crate::emit::{header, output_bytes};
 use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, generation, has_loop, tail_calls};
 use crate::regs::{self, Frame};
@@ -64,16 +64,22 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
         let pc = if what == For::Call { frame.link } else { frame.pc };
         walk.push(pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
     }
-    if walk.end == RUNNING {
-        if has_loop() || !tail_calls() {
-            run::<STEPS>(step, walk);
-        } else {
-            follow_on(ctx, what);
-        }
-    }
     if !has_loop() {
+        if tail_calls() {
+            // Also where there is nothing left to walk: the verifier then follows what finishes a stack once, and not in
+            // each of the programs that begin one.
+            hand_over_none(thread, what);
+            follow_on(ctx, what);
+            return;
+        }
+        if walk.end == RUNNING {
+            run::<STEPS>(step, walk);
+        }
         finish(thread, what);
         return;
+    }
+    if walk.end == RUNNING {
+        run::<STEPS>(step, walk);
     }
     if walk.end == MATCHED {
         // The matched frame itself has just been read.
@@ -152,7 +158,12 @@ fn finish(thread: &mut Thread, what: For) {
     if !complete {
         walk.kept = 0;
     }
-    run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place, walk);
+    if has_loop() {
+        run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place, walk);
+    } else {
+        walk.kept_hash = mix(walk.tag, walk.tgid);
+        run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place_addresses, walk);
+    }
     walk.record.count = walk.kept as u32;
     walk.record.end = end as u32;
     let hash = if walk.kept == 0 { end } else { walk.hashes[((walk.kept - 1) & MASK) as usize] ^ end };
@@ -172,6 +183,17 @@ fn hand_over(thread: &mut Thread, what: For, hash: u64) {
         thread.caller = thread.walk.caller();
     } else {
         thread.call.stack = hash;
+    }
+}
+
+/// Until the walk has ended, the call in flight has no stack.
+#[inline(always)]
+fn hand_over_none(thread: &mut Thread, what: For) {
+    if what == For::Call {
+        thread.stack = 0;
+        thread.caller = 0;
+    } else {
+        thread.call.stack = 0;
     }
 }
 
