@@ -15,7 +15,7 @@ use leaktrace_tests::{host, target_dir};
 use crate::process::{capture, cargo, check, exit_code, find_in_path, is_root, root};
 use crate::run::build;
 use crate::setup::setup;
-use crate::vm::{self, Machines};
+use crate::vm::Machines;
 
 /// What leak-ebpf is built with, on top of what its target says.
 const BPF_TARGET: &str = "bpfel-unknown-none";
@@ -151,7 +151,7 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
     match Machines::bring_ends() {
         Ok(ends) => {
             eprintln!("\ntest: the oldest and the newest kernel, emulated");
-            ends.run(&[], vm::LIMIT)
+            ends.run()
         }
         Err(why) => {
             eprintln!("\ntest: no other kernels can be tried here: {why:#}");

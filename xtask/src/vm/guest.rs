@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use leaktrace_tests::{PREBUILT_VARIABLE, SLOWNESS_VARIABLE, host, kernels, target_dir};
 
 use super::arch::Arch;
+use super::broken::Broken;
 use super::debian::{Suite, aside};
 use crate::process::{capture, cargo, check, find_in_path, root};
 
@@ -37,10 +38,10 @@ pub const END_LINE: &str = "vm: the suite has ended with ";
 /// The parameter of the kernel's command line with the tests' names, between commas; init finds it in its environment.
 pub const FILTER_PARAMETER: &str = "LEAKTRACE_FILTER";
 
-/// Makes the initramfs of `arch`; its path.
-pub fn initramfs(cache: &Path, arch: Arch) -> Result<PathBuf> {
-    let leaktrace = build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace"])?;
-    let suite = build(arch, &["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"])?;
+/// Makes the initramfs of `arch`, with a leaktrace that is broken if so wished; its path.
+pub fn initramfs(cache: &Path, arch: Arch, broken: Option<Broken>) -> Result<PathBuf> {
+    let leaktrace = build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace"], broken)?;
+    let suite = build(arch, &["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"], None)?;
     let busybox = busybox(cache, arch)?;
 
     let tree = aside(&cache.join(format!("guest-{}", arch.name())))?;
@@ -91,9 +92,13 @@ fn init_script() -> String {
 }
 
 /// Builds a program, for another machine one that needs no library, and gives its path.
-fn build(arch: Arch, arguments: &[&str]) -> Result<PathBuf> {
+fn build(arch: Arch, arguments: &[&str], broken: Option<Broken>) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(arguments).args(["--release", "--message-format", "json-render-diagnostics"]);
+    if let Some(broken) = broken {
+        // Not where anybody would take it for the real one.
+        command.env("LEAKTRACE_BPF_BROKEN", broken.name()).arg("--target-dir").arg(cache()?.join("broken"));
+    }
     if arch != Arch::host() {
         let target = arch.rust_target();
         command.args(["--target", &target]);
