@@ -17,6 +17,9 @@ const TARGET: &str = "bpfel-unknown-none";
 const PROGRAM: &str = "leaktrace-bpf";
 const OBJECT: &str = "leaktrace.bpf.o";
 
+/// Names a mistake to be made on purpose in the BPF programs (`cfg(leaktrace_broken)`), for trying the tests.
+const BROKEN_VARIABLE: &str = "LEAKTRACE_BPF_BROKEN";
+
 fn main() {
     if let Err(message) = build() {
         // cargo shows these lines as errors of this crate and fails the build. After a non-zero exit it would print
@@ -53,7 +56,10 @@ fn build() -> Result<(), String> {
 
     // Not in OUT_DIR, which dev, release and clippy builds each have for themselves: core would be compiled for each. And not
     // the usual folder, whose lock the outer cargo holds while this runs.
-    let target_dir = root.join("target/bpf").join(&arch);
+    println!("cargo::rerun-if-env-changed={BROKEN_VARIABLE}");
+    let broken = env::var(BROKEN_VARIABLE).ok();
+    let folder = broken.as_ref().map_or_else(|| arch.clone(), |how| format!("{arch}-broken-{how}"));
+    let target_dir = root.join("target/bpf").join(folder);
     let mut command = Command::new(cargo);
     command
         .current_dir(&root)
@@ -73,7 +79,7 @@ fn build() -> Result<(), String> {
         .arg(&target_dir)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTC", rustc)
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&arch, &linker).join("\x1f"));
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&arch, broken.as_deref(), &linker).join("\x1f"));
     // Set by clippy, by wrappers such as sccache and by coverage tools for the host build; none of it fits the BPF target.
     for name in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS", "CARGO_BUILD_TARGET"] {
         command.env_remove(name);
@@ -106,7 +112,7 @@ fn build() -> Result<(), String> {
 
 /// The flags of the BPF build. `bpf_target_arch` says whose registers and kernel structures the programs read, so an object
 /// serves one architecture only.
-fn rustflags(arch: &str, linker: &Path) -> Vec<String> {
+fn rustflags(arch: &str, broken: Option<&str>, linker: &Path) -> Vec<String> {
     println!("cargo::rerun-if-env-changed=LEAKTRACE_BPF_CPU");
     let mut flags = vec![
         format!("--cfg=bpf_target_arch=\"{arch}\""),
@@ -118,6 +124,7 @@ fn rustflags(arch: &str, linker: &Path) -> Vec<String> {
     // jumps and arithmetic (5.1).
     let cpu = env::var("LEAKTRACE_BPF_CPU").unwrap_or_else(|_| "v3".to_owned());
     flags.push(format!("-Ctarget-cpu={cpu}"));
+    flags.extend(broken.map(|how| format!("--cfg=leaktrace_broken=\"{how}\"")));
     flags
 }
 

@@ -42,9 +42,9 @@ fn reserve(size: u64) -> Option<*mut u64> {
     };
     let mut at = position;
     // SAFETY: arithmetic on a register. In assembler, because LLVM would make the mask one of its own choice, which the
-    // verifier could not follow.
+    // verifier could not follow. Places are multiples of eight; the verifier wants to see that before an atomic operation.
     unsafe {
-        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = const RING_SIZE as i64 - 1);
+        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = const RING_SIZE as i64 - 8);
     }
     // SAFETY: the ring is longer than RING_SIZE by the longest record.
     Some(unsafe { ring.byte_add(at as usize) })

@@ -109,6 +109,9 @@ static MAX_SIZE: u64 = u64::MAX;
 /// Whether the kernel has `bpf_loop`.
 #[unsafe(no_mangle)]
 static HAS_LOOP: u64 = 1;
+/// Whether a program that has functions may be followed by another one; asked where there is no `bpf_loop`.
+#[unsafe(no_mangle)]
+static TAIL_CALLS: u64 = 1;
 /// Whether records go to [`RING`]; otherwise to [`EVENTS`].
 #[unsafe(no_mangle)]
 static OWN_RING: u64 = 1;
@@ -175,6 +178,12 @@ pub fn size_is_followed(size: u64) -> bool {
 #[inline(always)]
 pub fn has_loop() -> bool {
     setting!(HAS_LOOP) != 0
+}
+
+/// Whether a program that has functions may be followed by another one.
+#[inline(always)]
+pub fn tail_calls() -> bool {
+    setting!(TAIL_CALLS) != 0
 }
 
 /// Whether records go to [`RING`].

@@ -15,6 +15,7 @@ pub struct Frame {
 #[cfg(bpf_target_arch = "x86_64")]
 mod arch {
     pub use aya_ebpf::bindings::pt_regs as Registers;
+    use aya_ebpf::helpers::bpf_probe_read_kernel;
 
     use super::Frame;
 
@@ -54,10 +55,13 @@ mod arch {
         }
     }
 
-    /// The first, second, ... argument of a system call; not those of a function (rcx is r10 here).
+    /// The first, second, ... argument of the system call (not of a function: r10 is rcx there) that the registers at this
+    /// address of the kernel's were saved for, and the frame it was made in.
     #[inline(always)]
-    pub fn syscall_args(regs: &Registers) -> [u64; 5] {
-        [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8]
+    pub fn system_call(registers: u64) -> Option<([u64; 5], Frame)> {
+        // SAFETY: a bad address is an error result.
+        let regs = unsafe { bpf_probe_read_kernel(registers as *const Registers) }.ok()?;
+        Some(([regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8], frame(&regs)))
     }
 
     /// The number of the system call that these registers were saved for.
@@ -88,6 +92,7 @@ mod arch {
 mod arch {
     /// What the kernel gives to user space of its `pt_regs`, which begins with it.
     pub use aya_ebpf::bindings::user_pt_regs as Registers;
+    use aya_ebpf::helpers::bpf_probe_read_kernel;
 
     use super::Frame;
 
@@ -118,9 +123,17 @@ mod arch {
         }
     }
 
+    /// As above. In two parts: all 272 bytes would leave too little of the 512 that a program and the functions it calls may have
+    /// on their stacks.
     #[inline(always)]
-    pub fn syscall_args(regs: &Registers) -> [u64; 5] {
-        [regs.regs[0], regs.regs[1], regs.regs[2], regs.regs[3], regs.regs[4]]
+    pub fn system_call(registers: u64) -> Option<([u64; 5], Frame)> {
+        const FP: u64 = 29;
+        // SAFETY: a bad address is an error result.
+        let args = unsafe { bpf_probe_read_kernel(registers as *const [u64; 5]) }.ok()?;
+        // x29, x30, sp and pc follow one another.
+        // SAFETY: as above.
+        let [fp, link, sp, pc] = unsafe { bpf_probe_read_kernel((registers + 8 * FP) as *const [u64; 4]) }.ok()?;
+        Some((args, Frame { pc, sp, fp, link: code_address(link), result: 0 }))
     }
 
     /// # Safety

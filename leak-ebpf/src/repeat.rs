@@ -2,7 +2,8 @@
 //!
 //! `bpf_loop` (5.17) has its callback verified once, however often it runs. Where the kernel lacks it, the same callbacks are
 //! called from plain loops, which the verifier follows step by step. That is too much for a whole stack: there a program
-//! leaves four frames and calls itself anew ([`crate::stack::go_on`]).
+//! leaves four frames and calls itself anew ([`crate::stack::go_on`]). arm64 before 6.0 has no such calls for programs that have
+//! functions; there plain loops have to do, which they can for frame pointers but not for tables.
 
 use core::ffi::c_void;
 

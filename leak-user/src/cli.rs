@@ -251,8 +251,10 @@ pub enum Feature {
     Functions,
     /// Tracepoints with typed arguments.
     Types,
-    /// `bpf_loop` (5.17) and atomic operations with a result (5.12).
+    /// `bpf_loop` (5.17), atomic operations with a result (5.12), and maps that grow (6.1).
     Loop,
+    /// Tail calls from programs that have functions (arm64: 6.0), which take the place of `bpf_loop`.
+    TailCalls,
 }
 
 /// Ends the program the way clap does for an error of its own: message and usage to the standard error, status 2.

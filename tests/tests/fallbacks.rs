@@ -41,6 +41,31 @@ fn allocations_are_exact() -> Result<()> {
     Ok(())
 }
 
+/// Where a program that has functions cannot be followed by another (arm64 before 6.0), stacks are walked by plain loops, and by
+/// frame pointers even if tables are asked for: the report says so, and names whoever called each allocator function.
+#[test]
+fn allocations_are_exact_without_tail_calls() -> Result<()> {
+    if !can_trace("allocations_are_exact_without_tail_calls") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::builder(&Program::c("allocators").build()?).start()?;
+    let session = Session::start(&[fixture.pid()], &["--without", "multi,loop,tail-calls"])?;
+    for command in ["leak malloc 21 1001", "leak posix_memalign 9 640", "churn calloc 300 77", "grow 11 100 30000"] {
+        fixture.tell(command)?;
+    }
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    ensure!(report["mode"]["unwinder"] == "fp", "{}", report["mode"]);
+    ensure!(report["losses"] == serde_json::json!({}), "something was lost {}", summary(&report));
+    let sites = truth["sites"].as_object().context("the fixture names no sites")?;
+    ensure!(sites.len() >= 4, "the fixture did too little");
+    for function in sites.keys() {
+        let (expected, found) = (site(&truth, function), live_in(&report, function));
+        ensure!(found == expected, "{function} {found:?}, not {expected:?}\n{}", summary(&report));
+    }
+    Ok(())
+}
+
 /// Mapped bytes, whichever way the system calls are watched.
 #[test]
 fn mappings_are_exact() -> Result<()> {

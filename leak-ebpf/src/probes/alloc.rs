@@ -1,5 +1,8 @@
 //! The allocator's functions. `session` stands at all of them where the kernel has session links; `enter_any` and
 //! `leave_any` where it has multi-uprobe links; one `enter_*` a shape and `leave_any` elsewhere.
+//!
+//! `cfg(leaktrace_broken)` makes a mistake on purpose, so that it can be seen which tests find it (`cargo xtask vm --broken`): the
+//! size of `aligned_alloc` from the wrong register, or a call of a helper that Linux has for uprobes from 5.15 on.
 
 use core::ffi::c_void;
 
@@ -247,7 +250,7 @@ fn arguments(ctx: &ProbeContext, shape: u8) -> Option<Arguments> {
         if shape & op::SHIFTED == 0 { [given[0], given[1], given[2]] } else { [given[1], given[2], given[3]] };
     let (size, pointer, extra) = match shape & !op::SHIFTED {
         op::CALLOC => (product(first, second)?, 0, 0),
-        op::ALIGNED => (second, 0, 0),
+        op::ALIGNED => (if cfg!(leaktrace_broken = "argument") { first } else { second }, 0, 0),
         op::REALLOC | op::REALLOCF => (second, first, 0),
         op::REALLOCARRAY => (product(second, third)?, first, 0),
         op::POSIX_MEMALIGN => (third, first, 0),
@@ -262,6 +265,10 @@ fn arguments(ctx: &ProbeContext, shape: u8) -> Option<Arguments> {
 #[inline(always)]
 fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids, shape: u8) -> u32 {
     let frame = frame(ctx);
+    if cfg!(leaktrace_broken = "helper") {
+        // SAFETY: the context of this program.
+        unsafe { bpf_get_func_ip(ctx.as_ptr()) };
+    }
     if shape == op::FREE {
         free(thread, ids, frame, argument(ctx, 0));
         return NO_RETURN;

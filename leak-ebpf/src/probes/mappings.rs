@@ -10,7 +10,6 @@
 use core::ffi::c_void;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::{btf_tracepoint, fentry, fexit, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, FExitContext, RawTracePointContext};
 use leak_common::{Map, RemapEnd, Unmap, UnmapEnd, counter, flag, kind, op};
@@ -103,12 +102,10 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
     let Some(thread) = current_or_new(ids) else {
         return;
     };
-    // SAFETY: a bad address is an error result.
-    let Ok(user) = (unsafe { bpf_probe_read_kernel(registers as *const Registers) }) else {
+    let Some((args, frame)) = regs::system_call(registers) else {
         return;
     };
     let now = now();
-    let args = regs::syscall_args(&user);
     let in_allocator = thread.in_allocator(now);
     let call = &mut thread.call;
     call.number = number + 1;
@@ -136,7 +133,7 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
     }
     // An allocator's own mapping is not the program's; the break is followed wherever it is moved.
     if number != nr::MUNMAP && !in_allocator {
-        stack::take(ctx, thread, regs::frame(&user), what, op::MAPPING);
+        stack::take(ctx, thread, frame, what, op::MAPPING);
     }
 }
 

@@ -14,11 +14,11 @@ use core::ffi::c_void;
 use aya_ebpf::helpers::generated::bpf_tail_call;
 use leak_common::{MAX_FRAMES, StackHeader, counter, kind, stack_end};
 
-use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, place, verify};
+use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, place, place_addresses, verify};
 pub use self::walk::Walk;
-use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, run, step, word};
+use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, mix, run, step, word};
 use crate::emit::{header, output_bytes};
-use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, generation, has_loop};
+use crate::maps::{SEEN, SEEN_SETS, SEEN_WAYS, WALK_TRACEPOINT, WALK_UPROBE, count, generation, has_loop, tail_calls};
 use crate::regs::{self, Frame};
 use crate::thread::{Thread, current, ids};
 use crate::unwind;
@@ -39,7 +39,7 @@ pub enum For {
 
 /// Takes the stack of `thread` from `frame`. Its hash goes to the call in flight; user space has been sent the stack, or will
 /// be with the next allocation from it if the ring was full. Nothing may be left to do after this: where there is no `bpf_loop`,
-/// it does not return.
+/// it may not return.
 #[inline(always)]
 pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: u8) {
     let generation = generation();
@@ -65,8 +65,15 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
         walk.push(pc, (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
     }
     if !has_loop() {
-        if walk.end == RUNNING {
+        if tail_calls() {
+            // Also where there is nothing left to walk: the verifier then follows what finishes a stack once, and not in
+            // each of the programs that begin one.
+            hand_over_none(thread, what);
             follow_on(ctx, what);
+            return;
+        }
+        if walk.end == RUNNING {
+            run::<STEPS>(step, walk);
         }
         finish(thread, what);
         return;
@@ -151,7 +158,12 @@ fn finish(thread: &mut Thread, what: For) {
     if !complete {
         walk.kept = 0;
     }
-    run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place, walk);
+    if has_loop() {
+        run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place, walk);
+    } else {
+        walk.kept_hash = mix(walk.tag, walk.tgid);
+        run::<{ (FRAMES as u32).div_ceil(MOVED_A_STEP) }>(place_addresses, walk);
+    }
     walk.record.count = walk.kept as u32;
     walk.record.end = end as u32;
     let hash = if walk.kept == 0 { end } else { walk.hashes[((walk.kept - 1) & MASK) as usize] ^ end };
@@ -171,6 +183,17 @@ fn hand_over(thread: &mut Thread, what: For, hash: u64) {
         thread.caller = thread.walk.caller();
     } else {
         thread.call.stack = hash;
+    }
+}
+
+/// Until the walk has ended, the call in flight has no stack.
+#[inline(always)]
+fn hand_over_none(thread: &mut Thread, what: For) {
+    if what == For::Call {
+        thread.stack = 0;
+        thread.caller = 0;
+    } else {
+        thread.call.stack = 0;
     }
 }
 

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData};
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapType};
 use aya::programs::RawTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
@@ -67,22 +67,49 @@ const PROCESS_PROGRAMS: [(&str, &str); 2] =
 /// The start of processes, which only matters where children are followed.
 const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")];
 
-/// The object as it is loaded: without our own ring its map is made as small as can be, because kernels that lack what the ring
-/// rests on also refuse values of more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
-fn object(own_ring: bool) -> Result<Cow<'static, [u8]>> {
-    if own_ring {
+/// Threads whose state there is room for beside those of the common slots, where the room is taken in advance: 4,096 of 7.4 KiB are
+/// 30 MiB. Threads beyond that are counted as a loss.
+const PREALLOCATED_THREADS: u32 = 4096;
+
+/// Offsets in `struct bpf_map_def`: type, size of keys, size of values, number of elements, flags.
+const MAP_VALUE_SIZE: usize = 8;
+const MAP_FLAGS: usize = 16;
+
+/// Whether tracing programs may use hash maps that allocate elements as they come. Before 6.1 the kernel holds that unsafe (a probe
+/// inside its allocator would enter the allocator again) and says so by a `WARN_ONCE`, which takes down a host with
+/// `panic_on_warn` (`check_map_prog_compatibility`,
+/// <https://github.com/torvalds/linux/blob/v5.10/kernel/bpf/verifier.c>). Since then such maps have an allocator of their own. Trying
+/// it would print the warning, so a type of map is asked for that came with the same release.
+fn has_map_allocator() -> bool {
+    aya::sys::is_map_supported(MapType::UserRingBuf).unwrap_or(false)
+}
+
+/// The object as it is loaded.
+///
+/// - Without our own ring its map is made as small as can be, because kernels that lack what the ring rests on also refuse values of
+///   more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
+/// - Without an allocator for maps the table of threads takes its memory in advance.
+fn object(own_ring: bool, map_allocator: bool) -> Result<Cow<'static, [u8]>> {
+    let mut changes: Vec<(&str, usize, u32)> = Vec::new();
+    if !own_ring {
+        changes.push(("RING", MAP_VALUE_SIZE, 8));
+    }
+    if !map_allocator {
+        changes.push(("THREADS", MAP_FLAGS, 0));
+    }
+    if changes.is_empty() {
         return Ok(Cow::Borrowed(OBJECT));
     }
     let file = object::File::parse(OBJECT).context("failed to parse the BPF object")?;
-    let ring = file.symbol_by_name("RING").context("the BPF object lacks the map RING")?;
-    let section = ring.section_index().context("the map RING is in no section")?;
-    let section = file.section_by_index(section)?;
-    let (start, _) = section.file_range().context("the section of maps is empty")?;
-    // struct bpf_map_def: type, size of keys, size of values, ...
-    let at = usize::try_from(start + ring.address() - section.address())? + 8;
     let mut bytes = OBJECT.to_vec();
-    let value_size = bytes.get_mut(at..at + 4).context("the BPF object is cut off")?;
-    value_size.copy_from_slice(&8_u32.to_ne_bytes());
+    for (name, offset, value) in changes {
+        let map = file.symbol_by_name(name).with_context(|| format!("the BPF object lacks the map {name}"))?;
+        let section = map.section_index().with_context(|| format!("the map {name} is in no section"))?;
+        let section = file.section_by_index(section)?;
+        let (start, _) = section.file_range().context("the section of maps is empty")?;
+        let at = usize::try_from(start + map.address() - section.address())? + offset;
+        bytes.get_mut(at..at + 4).context("the BPF object is cut off")?.copy_from_slice(&value.to_ne_bytes());
+    }
     Ok(Cow::Owned(bytes))
 }
 
@@ -112,15 +139,15 @@ fn entry_program(shape: u8) -> &'static str {
 }
 
 /// What is fixed when the programs are loaded.
-#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Allocations below this many bytes are not followed.
     pub min_size: u64,
     /// Allocations above this many bytes are not followed.
     pub max_size: u64,
-    /// Does without what kernels before 5.17 lack: atomic operations with a result and `bpf_loop`.
-    pub old_kernel: bool,
+    /// Walks stacks like this instead of in the best way; but with [`StackWalk::Loop`] does without what else kernels lack that have
+    /// to walk so: atomic operations with a result, and maps that grow.
+    pub walk: Option<StackWalk>,
     /// Whether mapping system calls are followed.
     pub mappings: bool,
     /// Uses this kind of probe instead of the best one.
@@ -140,7 +167,7 @@ impl Default for Settings {
         Self {
             min_size: 0,
             max_size: u64::MAX,
-            old_kernel: false,
+            walk: None,
             mappings: true,
             kind: None,
             tables: true,
@@ -197,6 +224,7 @@ pub struct Programs {
     system_links: Vec<OwnedFd>,
     mapping_hook: MappingHook,
     own_ring: bool,
+    tables: bool,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -271,24 +299,36 @@ impl Programs {
         for (name, value) in TASK_SETTINGS.into_iter().zip(&task_offsets) {
             loader.override_global(name, value, true);
         }
-        let tables = u64::from(settings.tables);
-        let own_ring = sys::has_fetch_add() && !settings.old_kernel;
-        let has_loop = sys::has_loop() && !settings.old_kernel;
-        let bytes = object(own_ring)?;
+        let walk = settings.walk.unwrap_or_else(StackWalk::probe);
+        let (has_loop, tail_calls) = (walk == StackWalk::Loop, walk == StackWalk::TailCalls);
+        let is_old = settings.walk.is_some() && !has_loop;
+        let own_ring = sys::has_fetch_add() && !is_old;
+        let tables = settings.tables && walk != StackWalk::PlainLoop;
+        let map_allocator = has_map_allocator() && !is_old;
+        let globals = [
+            ("USE_TABLES", u64::from(tables)),
+            ("OWN_RING", u64::from(own_ring)),
+            ("HAS_LOOP", u64::from(has_loop)),
+            ("TAIL_CALLS", u64::from(tail_calls)),
+        ];
+        for (name, value) in &globals {
+            loader.override_global(name, value, true);
+        }
+        let bytes = object(own_ring, map_allocator)?;
+        if !map_allocator {
+            loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
+        }
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
-            .override_global("USE_TABLES", &tables, true)
-            .override_global("OWN_RING", &u64::from(own_ring), true)
-            .override_global("HAS_LOOP", &u64::from(has_loop), true)
             // The one that is not used takes as little as there can be.
             .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
-            .map_max_entries("ROWS", if settings.tables { settings.rows.max(1) } else { 1 })
+            .map_max_entries("ROWS", if tables { settings.rows.max(1) } else { 1 })
             .load(&bytes)
             .context("failed to load the BPF maps")?;
         let objects = Objects::parse(&bytes, &ebpf, own_ring, has_loop)?;
         let uprobes = load_uprobes(&objects, kind)?;
-        let walkers = if has_loop { Vec::new() } else { load_walkers(&objects, &ebpf, kind)? };
+        let walkers = if tail_calls { load_walkers(&objects, &ebpf, kind)? } else { Vec::new() };
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
@@ -304,6 +344,7 @@ impl Programs {
             system_links: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
+            tables,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -353,6 +394,11 @@ impl Programs {
     /// Whether records come through our own ring.
     pub fn has_own_ring(&self) -> bool {
         self.own_ring
+    }
+
+    /// Whether stacks are unwound with tables: where that was asked for, and the kernel follows such a walk.
+    pub fn has_tables(&self) -> bool {
+        self.tables
     }
 
     /// How mapping calls are watched.
@@ -498,13 +544,38 @@ fn load_walkers(objects: &Objects, ebpf: &Ebpf, kind: UprobeKind) -> Result<Vec<
     walkers.into_iter().map(load).collect()
 }
 
+/// How a stack of many frames is walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackWalk {
+    /// In one program, and verified rather than walked where possible: `bpf_loop` (5.17).
+    Loop,
+    /// By programs that follow one another (arm64: 6.0, for programs that have functions).
+    TailCalls,
+    /// In one program that the verifier follows step by step, which is too much for tables.
+    PlainLoop,
+}
+
+impl StackWalk {
+    /// The best way of the running kernel.
+    fn probe() -> Self {
+        if sys::has_loop() {
+            Self::Loop
+        } else if sys::has_mixed_tail_calls() {
+            Self::TailCalls
+        } else {
+            Self::PlainLoop
+        }
+    }
+}
+
 /// What makes tracing cheaper where the kernel has it; found by trying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Abilities {
-    /// `bpf_loop`: a whole stack is walked, and verified, in one program.
-    pub loops: bool,
+    pub walk: StackWalk,
     /// Atomic operations with a result, which our own ring rests on.
     pub own_ring: bool,
+    /// Maps that grow while programs at probes use them; otherwise the memory for threads is taken in advance.
+    pub map_allocator: bool,
     /// How mapping calls can be watched.
     pub mapping_hook: MappingHook,
 }
@@ -514,12 +585,14 @@ impl Abilities {
     pub fn probe() -> Self {
         let btf = kernel_types();
         let tracing = |name: &str, hook: fn(u32) -> Hook| {
-            btf.as_ref().and_then(|btf| btf.id(name)).is_some_and(|id| sys::loads_empty(hook(id)))
+            btf.as_ref().and_then(|btf| btf.id(name)).is_some_and(|id| sys::attaches_empty(hook(id)))
         };
-        let (loops, function) = (sys::has_loop(), format!("{SYSCALL_PREFIX}mmap"));
+        let (walk, function) = (StackWalk::probe(), format!("{SYSCALL_PREFIX}mmap"));
+        let loops = walk == StackWalk::Loop;
         Self {
-            loops,
+            walk,
             own_ring: sys::has_fetch_add(),
+            map_allocator: has_map_allocator(),
             mapping_hook: if loops && tracing(&function, Hook::FunctionExit) {
                 MappingHook::Functions
             } else if loops && tracing("btf_trace_sys_exit", Hook::Tracepoint) {

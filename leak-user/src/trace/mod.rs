@@ -31,7 +31,7 @@ use self::follow::EndedChildren;
 use self::summary::{Moment, Snapshot};
 use self::system::System;
 use self::target::{Followed, Target};
-use crate::attach::{MappingHook, Programs, Settings, UprobeKind};
+use crate::attach::{MappingHook, Programs, Settings, StackWalk, UprobeKind};
 use crate::cli::Feature;
 use crate::config::{Config, Target as What, Unwind};
 use crate::discover::Files;
@@ -130,6 +130,8 @@ struct Run<'a> {
     started_at: jiff::Timestamp,
     started: Instant,
     start_ns: u64,
+    /// When the trace was cut, in nanoseconds of `CLOCK_MONOTONIC` too.
+    cut: Option<(Instant, u64)>,
     /// Records and time at the previous report.
     last_report: (u64, Instant),
 }
@@ -146,7 +148,11 @@ impl<'a> Run<'a> {
         raise_memlock();
         let without = |feature| config.without.contains(&feature);
         let settings = Settings {
-            old_kernel: without(Feature::Loop),
+            walk: match (without(Feature::Loop), without(Feature::TailCalls)) {
+                (true, true) => Some(StackWalk::PlainLoop),
+                (true, false) => Some(StackWalk::TailCalls),
+                (false, _) => None,
+            },
             kind: match (without(Feature::Session), without(Feature::Multi)) {
                 (_, true) => Some(UprobeKind::Perf),
                 (true, false) => Some(UprobeKind::Multi),
@@ -170,6 +176,7 @@ impl<'a> Run<'a> {
         forward_logs(&mut programs);
         let ledger = Ledger::new(LedgerConfig { page_size: page_size() as u64, ..LedgerConfig::default() });
         let (collector, notices) = Collector::start(ledger, ring, losses, recording)?;
+        let code = Code::new(programs.has_tables().then_some(settings.rows));
         let started = Instant::now();
         let mut run = Self {
             config,
@@ -184,12 +191,13 @@ impl<'a> Run<'a> {
             },
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
-            code: Code::new(settings.tables.then_some(settings.rows)),
+            code,
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
             started,
             start_ns: monotonic_now(),
+            cut: None,
             last_report: (0, started),
         };
         match &config.target {
@@ -422,9 +430,16 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Takes what is left in the ring and removes every probe.
+    /// Takes what is left in the ring and removes every probe. The final report is of the moment before that: removing perf events
+    /// takes seconds, in which nothing is recorded, and a leak would seem to have stopped.
     fn detach(&mut self) {
-        self.collector.core().cut();
+        {
+            let mut core = self.collector.core();
+            let time = monotonic_now();
+            self.cut = Some((Instant::now(), time));
+            core.cut();
+            core.tell(Entry::Roll { time });
+        }
         let probes: Vec<_> = self.targets.iter_mut().flat_map(Target::detach).collect();
         let start = Instant::now();
         crate::attach::detach(probes);
@@ -434,9 +449,6 @@ impl<'a> Run<'a> {
             target.notice_end();
             self.programs.remove_target(target.id().tgid);
         }
-        let mut core = self.collector.core();
-        core.tell(Entry::Roll { time: monotonic_now() });
-        drop(core);
         self.take_notices();
     }
 
@@ -447,9 +459,10 @@ impl<'a> Run<'a> {
         Ok((!command.ended_by_us()).then_some(status))
     }
 
-    /// The report as of now; with the reason for the end, the final one.
+    /// The report as of now, or of the cut after it; with the reason for the end, the final one.
     fn report(&mut self, ended: Option<Ended>) -> Report {
-        let moment = Moment { now: monotonic_now(), start: self.start_ns };
+        let (now, now_ns) = self.cut.unwrap_or_else(|| (Instant::now(), monotonic_now()));
+        let moment = Moment { now: now_ns, start: self.start_ns };
         let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
         let usage = self.code.usage();
         let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
@@ -461,7 +474,6 @@ impl<'a> Run<'a> {
             unwind_memory_bytes: usage.map(|usage| bytes(usage.capacity)),
         };
         let mut report = Report::new(mode, self.host.clone());
-        let now = Instant::now();
         report.started_at = self.started_at;
         report.duration_s = now.duration_since(self.started).as_secs_f64();
         report.is_final = ended.is_some();

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use leaktrace_tests::{PREBUILT_VARIABLE, SLOWNESS_VARIABLE, host, kernels, target_dir};
 
 use super::arch::Arch;
+use super::broken::Broken;
 use super::debian::{Suite, aside};
 use crate::process::{capture, cargo, check, find_in_path, root};
 
@@ -37,10 +38,10 @@ pub const END_LINE: &str = "vm: the suite has ended with ";
 /// The parameter of the kernel's command line with the tests' names, between commas; init finds it in its environment.
 pub const FILTER_PARAMETER: &str = "LEAKTRACE_FILTER";
 
-/// Makes the initramfs of `arch`; its path.
-pub fn initramfs(cache: &Path, arch: Arch) -> Result<PathBuf> {
-    let leaktrace = build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace"])?;
-    let suite = build(arch, &["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"])?;
+/// Makes the initramfs of `arch`, with a leaktrace that is broken if so wished; its path.
+pub fn initramfs(cache: &Path, arch: Arch, broken: Option<Broken>) -> Result<PathBuf> {
+    let leaktrace = build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace"], broken)?;
+    let suite = build(arch, &["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"], None)?;
     let busybox = busybox(cache, arch)?;
 
     let tree = aside(&cache.join(format!("guest-{}", arch.name())))?;
@@ -91,9 +92,13 @@ fn init_script() -> String {
 }
 
 /// Builds a program, for another machine one that needs no library, and gives its path.
-fn build(arch: Arch, arguments: &[&str]) -> Result<PathBuf> {
+fn build(arch: Arch, arguments: &[&str], broken: Option<Broken>) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(arguments).args(["--release", "--message-format", "json-render-diagnostics"]);
+    if let Some(broken) = broken {
+        // Not where anybody would take it for the real one.
+        command.env("LEAKTRACE_BPF_BROKEN", broken.name()).arg("--target-dir").arg(cache()?.join("broken"));
+    }
     if arch != Arch::host() {
         let target = arch.rust_target();
         command.args(["--target", &target]);
@@ -109,11 +114,22 @@ fn build(arch: Arch, arguments: &[&str]) -> Result<PathBuf> {
     executable.context("failed to find what cargo has built")
 }
 
-/// Makes rustc able to build for `arch`.
-pub fn bring_target(arch: Arch) -> Result<()> {
-    if arch == Arch::host() {
-        return Ok(());
+/// Brings all that [`initramfs`] needs from elsewhere.
+pub fn bring(cache: &Path, arch: Arch) -> Result<()> {
+    // The host's own packs the initramfs.
+    for arch in [Arch::host(), arch] {
+        busybox(cache, arch)?;
     }
+    if arch == Arch::host() {
+        return kernels::SYSTEM_PROGRAMS.iter().try_for_each(|name| system_program(name).map(drop));
+    }
+    bring_target(arch)?;
+    unpack_programs(cache, arch)?;
+    Compilers::bring(cache, arch).map(drop)
+}
+
+/// Makes rustc able to build for `arch`.
+fn bring_target(arch: Arch) -> Result<()> {
     let target = arch.rust_target();
     let libraries =
         capture(Command::new("rustc").current_dir(root()).args(["--print", "target-libdir", "--target", &target]))?;
@@ -156,7 +172,7 @@ fn host_programs(tree: &Path, present: &[&Path]) -> Result<()> {
         copy(&built, &tree.join(FIXTURES).join(program.file_name()))?;
     }
     for name in kernels::SYSTEM_PROGRAMS {
-        let program = find_in_path(name).with_context(|| format!("failed to find {name}, which the suite traces"))?;
+        let program = system_program(name)?;
         libraries(&program, &mut needed)?;
         copy(&program, &tree.join("usr/bin").join(name))?;
     }
@@ -164,6 +180,11 @@ fn host_programs(tree: &Path, present: &[&Path]) -> Result<()> {
         copy(&library, &place(tree, &library))?;
     }
     Ok(())
+}
+
+/// A program of the host that the suite traces.
+fn system_program(name: &str) -> Result<PathBuf> {
+    find_in_path(name).with_context(|| format!("failed to find {name}, which the suite traces"))
 }
 
 /// Adds the libraries of a program, and its dynamic linker, as ldd tells them; a static program has none.
@@ -190,13 +211,18 @@ fn place(tree: &Path, path: &Path) -> PathBuf {
     if inside.starts_with("usr") { tree.join(inside) } else { tree.join("usr").join(inside) }
 }
 
-/// Fixtures by a cross compiler, and Debian's programs and libraries for the other machine.
-fn foreign_programs(cache: &Path, arch: Arch, tree: &Path) -> Result<()> {
-    let suite = Suite::new(cache, SUITE, arch)?;
+/// Debian's programs and libraries for another machine: the folder that they are unpacked in.
+fn unpack_programs(cache: &Path, arch: Arch) -> Result<PathBuf> {
     let unpacked = cache.join(format!("libraries-{}", arch.name()));
     let mut packages = vec!["libc6", "libgcc-s1", "libstdc++6"];
     packages.extend(kernels::SYSTEM_PROGRAMS);
-    suite.unpack(&packages, &[], &unpacked)?;
+    Suite::new(cache, SUITE, arch)?.unpack(&packages, &[], &unpacked)?;
+    Ok(unpacked)
+}
+
+/// Fixtures by a cross compiler, and Debian's programs and libraries for the other machine.
+fn foreign_programs(cache: &Path, arch: Arch, tree: &Path) -> Result<()> {
+    let unpacked = unpack_programs(cache, arch)?;
     let libraries = Path::new("lib").join(arch.triplet());
     for folder in [libraries.clone(), Path::new("usr").join(&libraries)] {
         copy_libraries(&unpacked.join(&folder), &tree.join("usr").join(&libraries))?;

@@ -36,8 +36,8 @@ pub struct Outcome {
     pub tests: BTreeMap<String, Option<bool>>,
     /// Whether all that were announced have ended, and init after them.
     pub complete: bool,
-    /// What `leaktrace doctor` says of probe links.
-    pub links: Option<String>,
+    /// What `leaktrace doctor` says of the [`MEANS`], in its order.
+    pub means: BTreeMap<&'static str, String>,
     /// What the kernel complained of.
     pub complaints: Vec<String>,
     /// From the start of qemu to the first test, and to the end.
@@ -57,9 +57,7 @@ impl Outcome {
     /// Takes in a line of the guest.
     fn read(&mut self, line: &str, since: Duration) {
         if let Some(said) = line.strip_prefix(DOCTOR_LINE) {
-            if let Some((_, links)) = said.split_once("probe links") {
-                self.links = Some(links.trim().split([' ', ',']).next().unwrap_or_default().to_owned());
-            }
+            self.means.extend(means(said));
         } else if let Some(complaint) = line.strip_prefix(KERNEL_LINE) {
             self.complaints.push(complaint.to_owned());
         } else if line.contains("Kernel panic") {
@@ -72,6 +70,18 @@ impl Outcome {
             self.tests.insert(name.to_owned(), result);
         }
     }
+}
+
+/// What `leaktrace doctor` names that differs between kernels.
+pub const MEANS: [&str; 5] = ["probe links", "mapping calls", "stack walk", "ring buffer", "thread table"];
+
+/// `STATUS NAME  DETAIL`, as doctor prints it, for one of the [`MEANS`]; of the detail what comes before the explanation.
+fn means(line: &str) -> Option<(&'static str, String)> {
+    let (_, rest) = line.split_once(' ')?;
+    let rest = rest.trim_start();
+    let name = MEANS.into_iter().find(|name| rest.starts_with(name))?;
+    let detail = rest.strip_prefix(name)?.split([',', ';', '(']).next().unwrap_or_default().trim();
+    Some((name, detail.to_owned()))
 }
 
 /// `test NAME ... ok`, as Rust's test harness prints it; without the result while it runs.
@@ -205,7 +215,20 @@ mod tests {
             "vm: the suite has ended with 0",
         ]);
         assert!(good.is_good(), "{good:?}");
-        assert_eq!(good.links.as_deref(), Some("session"));
+        assert_eq!(good.means.get("probe links").map(String::as_str), Some("session"));
+    }
+
+    /// What doctor says is cut where it begins to explain, and its advice is no answer.
+    #[test]
+    fn means_of_doctor() {
+        let line = "warn     probe links     perf events, one a place; attaching takes longer";
+        assert_eq!(means(line), Some(("probe links", "perf events".to_owned())));
+        assert_eq!(
+            means("ok       ring buffer     our own (atomic operations)"),
+            Some(("ring buffer", "our own".to_owned()))
+        );
+        assert_eq!(means("                         -> Linux 6.6 has multi-uprobe links, 6.13 session links"), None);
+        assert_eq!(means("ok       kernel          5.10"), None);
     }
 
     /// A failed test, one that did not end, a kernel that complains, and a machine that stopped are each no good run.

@@ -8,8 +8,11 @@
 //! - `kernels` knows which kernels there are,
 //! - `guest` makes what is inside a machine,
 //! - `machine` boots one,
+//! - `broken` are mistakes that the suite must find,
 //! - `table` says how all of them went.
 
+use std::fs::File;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,19 +20,21 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use self::arch::Arch;
+use self::broken::Broken;
 use self::kernels::Kernel;
 use self::machine::Emulator;
 use crate::setup::setup;
 
 mod arch;
+mod broken;
 mod debian;
 mod guest;
 mod kernels;
 mod machine;
 mod table;
 
-/// Seconds; four times what a kernel takes where nothing else is going on.
-const LIMIT: u64 = 480;
+/// For a kernel: four times what a kernel takes where nothing else is going on.
+const LIMIT: Duration = Duration::from_mins(8);
 
 #[derive(Args)]
 pub struct Options {
@@ -43,16 +48,14 @@ pub struct Options {
     #[arg(long, conflicts_with_all = ["kernel", "arch"])]
     ends: bool,
     /// How many seconds a kernel may take
-    #[arg(long, value_name = "SECONDS", default_value_t = LIMIT)]
+    #[arg(long, value_name = "SECONDS", default_value_t = LIMIT.as_secs())]
     limit: u64,
+    /// Make a mistake in the BPF programs; it is then a failure if not exactly those tests fail that look at it
+    #[arg(long, value_enum, hide = true, conflicts_with = "filters")]
+    broken: Option<Broken>,
     /// Only tests whose names contain one of these
     #[arg(last = true)]
     filters: Vec<String>,
-}
-
-/// Why no kernel can be booted here, if none can.
-pub fn possible() -> Result<()> {
-    debian::possible()
 }
 
 /// Boots the chosen kernels one after the other; fails if a test does on any of them.
@@ -62,31 +65,81 @@ pub fn vm(options: &Options) -> Result<ExitCode> {
     }
     setup()?;
     let chosen = if options.ends { Kernel::ends() } else { Kernel::choose(&options.kernel, &options.arch) };
-    let cache = guest::cache()?;
-    let _lock = debian::lock(&cache)?;
-    let mut results = Vec::new();
-    for arch in Arch::ALL {
-        let mut kernels = chosen.iter().filter(|kernel| kernel.arch == arch).peekable();
-        if kernels.peek().is_none() {
-            continue;
-        }
-        guest::bring_target(arch)?;
-        let initramfs = guest::initramfs(&cache, arch)?;
-        let emulator = Emulator::bring(&cache, arch)?;
-        // All of them before the first is booted: what cannot be had should show at once.
-        let kernels: Vec<_> = kernels.map(|kernel| Ok((kernel, kernel.image(&cache)?))).collect::<Result<_>>()?;
-        for (kernel, image) in kernels {
-            let name = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let prefix = format!("{} {}", arch.name(), kernel.version);
-            eprintln!("vm: booting {name}");
-            let limit = Duration::from_secs(options.limit);
-            let outcome = emulator.run(&image, &initramfs, &options.filters, limit, |line| {
-                println!("[{prefix}] {}", line.chars().filter(|c| !c.is_control()).collect::<String>());
-            })?;
-            results.push((kernel.clone(), outcome));
-        }
+    Machines::bring(&chosen)?.boot(&options.filters, Duration::from_secs(options.limit), options.broken)
+}
+
+/// All that comes from elsewhere and that booting some kernels takes. Nobody else brings or boots any while this lives.
+pub struct Machines {
+    cache: PathBuf,
+    kinds: Vec<Kind>,
+    _lock: File,
+}
+
+/// The machines of one architecture: what emulates them, and the kernels with their images.
+struct Kind {
+    arch: Arch,
+    emulator: Emulator,
+    kernels: Vec<(Kernel, PathBuf)>,
+}
+
+impl Machines {
+    /// What the oldest and the newest kernel on this host's own machine take: what is checked before a change lands.
+    pub fn bring_ends() -> Result<Self> {
+        Self::bring(&Kernel::ends())
     }
-    print!("\n{}", table::table(&results));
-    let good = results.iter().all(|(_, outcome)| outcome.is_good());
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+
+    /// All of it before the first is booted: what cannot be had should show at once.
+    fn bring(chosen: &[Kernel]) -> Result<Self> {
+        debian::possible()?;
+        let cache = guest::cache()?;
+        let lock = debian::lock(&cache)?;
+        let mut kinds = Vec::new();
+        for arch in Arch::ALL {
+            let kernels: Vec<Kernel> = chosen.iter().filter(|kernel| kernel.arch == arch).cloned().collect();
+            if kernels.is_empty() {
+                continue;
+            }
+            guest::bring(&cache, arch)?;
+            let emulator = Emulator::bring(&cache, arch)?;
+            let kernels = kernels.into_iter().map(|kernel| {
+                let image = kernel.image(&cache)?;
+                Ok((kernel, image))
+            });
+            kinds.push(Kind { arch, emulator, kernels: kernels.collect::<Result<_>>()? });
+        }
+        Ok(Self { cache, kinds, _lock: lock })
+    }
+
+    /// Tries everything on all of them; fails if a test does.
+    pub fn run(&self) -> Result<ExitCode> {
+        self.boot(&[], LIMIT, None)
+    }
+
+    /// Builds what runs inside, boots one kernel after the other, and prints the table; fails if a test does on any of them, or if
+    /// not those do that must.
+    fn boot(&self, filters: &[String], limit: Duration, broken: Option<Broken>) -> Result<ExitCode> {
+        let mut results = Vec::new();
+        for Kind { arch, emulator, kernels } in &self.kinds {
+            let initramfs = guest::initramfs(&self.cache, *arch, broken)?;
+            for (kernel, image) in kernels {
+                let name = image.file_name().unwrap_or_default().to_string_lossy();
+                let prefix = format!("{} {}", arch.name(), kernel.version);
+                eprintln!("vm: booting {name}");
+                let outcome = emulator.run(image, &initramfs, filters, limit, |line| {
+                    println!("[{prefix}] {}", line.chars().filter(|c| !c.is_control()).collect::<String>());
+                })?;
+                results.push((kernel.clone(), outcome));
+            }
+        }
+        print!("\n{}", table::table(&results));
+        let good = results.iter().all(|(kernel, outcome)| match broken {
+            Some(broken) => broken.is_found(kernel, outcome),
+            None => outcome.is_good(),
+        });
+        if let Some(broken) = broken {
+            let said = if good { "failed where they must, and nowhere else" } else { "did not fail as they must" };
+            eprintln!("vm: with the mistake {:?} the tests {said}", broken.name());
+        }
+        Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
 }

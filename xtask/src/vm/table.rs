@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::kernels::Kernel;
-use super::machine::Outcome;
+use super::machine::{MEANS, Outcome};
 
 /// A column for each kernel, a row for each test.
 pub fn table(results: &[(Kernel, Outcome)]) -> String {
@@ -16,8 +16,10 @@ pub fn table(results: &[(Kernel, Outcome)]) -> String {
             .chain(results.iter().map(|(kernel, _)| format!("{} {}", kernel.arch.name(), kernel.version)))
             .collect(),
         vec!["---".to_owned(); results.len() + 1],
-        row("probe links", &|outcome| outcome.links.clone().unwrap_or_else(|| "?".to_owned())),
     ];
+    for name in MEANS {
+        rows.push(row(name, &|outcome| outcome.means.get(name).cloned().unwrap_or_else(|| "?".to_owned())));
+    }
     for test in tests {
         rows.push(row(test, &|outcome| {
             match outcome.tests.get(test) {
