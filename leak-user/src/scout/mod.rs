@@ -20,8 +20,9 @@ const PARTS: usize = 5;
 const PART_RISE: u64 = 4096;
 /// The least growth over a window that is worth a look, in bytes. It doubles with each time that a process was released.
 const LEAST_GROWTH: u64 = 64 << 10;
-/// What fell in a window, over what it grew by: more is coming and going, not rising.
-const MOST_FALL: f64 = 0.25;
+/// The least growth over a window in terms of what as many steps of the same sizes would give by chance, up or down each: its
+/// standard deviation is the root of the sum of their squares. Of random walks few come so far.
+const LEAST_DRIFT: f64 = 3.0;
 /// Samples that are kept of a process, a second apart.
 const SAMPLES: usize = 64;
 /// A traced process that has been steady for so many seconds, by its verdict and by its resident set, is released.
@@ -100,19 +101,24 @@ fn rise(samples: &VecDeque<(f64, u64)>, window: f64, now: f64) -> Option<Rise> {
         return None;
     }
     let mut floors = [u64::MAX; PARTS];
-    let (mut fallen, mut before) = (0, None);
+    let (mut falls, mut squares, mut before) = (false, 0.0, None);
     for &(time, bytes) in samples.iter().filter(|(time, _)| *time >= start) {
         let part = ((time - start) / window * PARTS as f64) as usize;
         let floor = &mut floors[part.min(PARTS - 1)];
         *floor = bytes.min(*floor);
-        fallen += before.map_or(0, |before: u64| before.saturating_sub(bytes));
+        if let Some(before) = before {
+            falls |= bytes < before;
+            squares += (bytes as f64 - before as f64).powi(2);
+        }
         before = Some(bytes);
     }
     // And it is rising still: what stopped in the last part has its floor there.
     let steps = floors.into_iter().chain(before).collect::<Vec<_>>();
     let rises = steps.windows(2).all(|pair| pair[1] != u64::MAX && pair[1] >= pair[0].saturating_add(PART_RISE));
     let grown = floors[PARTS - 1].saturating_sub(floors[0]);
-    (rises && (fallen as f64) <= grown as f64 * MOST_FALL).then_some(Rise { bytes: grown, seconds: window })
+    // What never falls is no walk, however large its steps.
+    let drifts = !falls || grown as f64 >= LEAST_DRIFT * f64::sqrt(squares);
+    (rises && drifts).then_some(Rise { bytes: grown, seconds: window })
 }
 
 /// All processes that are watched.
@@ -303,7 +309,7 @@ mod tests {
             left +=
                 usize::from(seen.last().is_some_and(|(second, action)| *action == Action::Promote && *second < 240));
         }
-        assert!(promoted <= 40, "{promoted} of 200 random walks are promoted");
+        assert!(promoted <= 10, "{promoted} of 200 random walks are promoted");
         assert_eq!(left, 0, "promoted long ago and not released");
     }
 
