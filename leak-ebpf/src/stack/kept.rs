@@ -75,6 +75,14 @@ pub(super) extern "C" fn verify(_index: u64, context: *mut Context) -> i64 {
     0
 }
 
+/// Whether the kept stack, all of whose frames are verified, still ends where it did: a zero instead of a return address may have
+/// become one since, where a coroutine's stack is used anew.
+#[inline(always)]
+pub(super) fn ends_as_kept(walk: &mut Walk) -> bool {
+    let zero_at = walk.kept_zero_at;
+    zero_at == 0 || word(walk, zero_at).map(regs::code_address) == Some(0)
+}
+
 /// Moves some of the found frames to where the kept ones end, outermost first, and hashes them: 0 to go on, 1 at the end.
 /// `kept` is where the next one goes.
 #[inline(never)]

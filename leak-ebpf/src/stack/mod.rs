@@ -14,7 +14,7 @@ use core::ffi::c_void;
 use aya_ebpf::helpers::generated::bpf_tail_call;
 use leak_common::{MAX_FRAMES, StackHeader, counter, kind, stack_end};
 
-use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, place, place_addresses, verify};
+use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, ends_as_kept, place, place_addresses, verify};
 pub use self::walk::Walk;
 use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, mix, run, step, word};
 use crate::emit::{header, output_bytes};
@@ -47,6 +47,7 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
     let walk = &mut thread.walk;
     walk.found = 0;
     walk.flags = 0;
+    walk.zero_at = 0;
     walk.length = 0;
     walk.op = u64::from(op);
     walk.tgid = u64::from(tgid);
@@ -87,8 +88,9 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
         if walk.left != 0 {
             run::<{ (MAX_FRAMES as u32).div_ceil(VERIFIED_A_STEP) }>(verify, walk);
         }
-        if walk.left == 0 {
+        if walk.left == 0 && ends_as_kept(walk) {
             walk.end = u64::from(stack_end::COMPLETE);
+            walk.zero_at = walk.kept_zero_at;
             walk.flags |= walk.kept_flags;
             walk.tally.reused += walk.kept;
             if walk.found == 0 && walk.kept == walk.kept_count {
@@ -170,6 +172,7 @@ fn finish(thread: &mut Thread, what: For) {
     walk.kept_hash = hash;
     walk.kept_flags = walk.flags;
     walk.kept_generation = walk.generation;
+    walk.kept_zero_at = walk.zero_at;
     walk.kept_count = if complete && walk.flags & NOT_KEPT == 0 { walk.kept } else { 0 };
     hand_over(thread, what, hash);
 }

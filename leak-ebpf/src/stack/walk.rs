@@ -62,6 +62,9 @@ pub struct Walk {
     pub(super) kept_hash: u64,
     pub(super) kept_flags: u64,
     pub(super) kept_generation: u64,
+    /// Where the zero was read that ended this walk, and the kept stack's; zero if something else ended it.
+    pub(super) zero_at: u64,
+    pub(super) kept_zero_at: u64,
     /// Hash of the thread's last stack that user space has.
     pub(super) sent_hash: u64,
     /// Of the frame that was found in the kept stack: what `fp_at` and `cfa_at` would be.
@@ -282,6 +285,11 @@ impl Walk {
             return u64::from(stack_end::BAD_READ);
         };
         if outer == 0 {
+            self.zero_at = slot;
+            if cfa_at != 0 {
+                // That word decides too, and is kept for frames alone.
+                self.flags |= NOT_KEPT;
+            }
             return u64::from(stack_end::COMPLETE);
         }
         self.end = RUNNING;

@@ -30,8 +30,8 @@ use leak_common::unwind::Range;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use ranges::{Ranges, Rows};
 use sys::Hook;
-pub(crate) use sys::lookup_and_delete;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
+pub(crate) use sys::{lookup_and_delete, recursion_misses};
 
 use crate::ring::page_size;
 
@@ -222,6 +222,8 @@ pub struct Programs {
     ranges: Ranges,
     clock: ClockSync,
     system_links: Vec<OwnedFd>,
+    /// What hangs on those links.
+    watchers: Vec<OwnedFd>,
     mapping_hook: MappingHook,
     own_ring: bool,
     tables: bool,
@@ -342,6 +344,7 @@ impl Programs {
             ranges,
             clock,
             system_links: Vec::new(),
+            watchers: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
             tables,
@@ -363,15 +366,17 @@ impl Programs {
     /// Watches mapping calls by the best means that the kernel has, or by the given one.
     fn watch_mappings(&mut self, objects: &Objects, btf: Option<&Btf>, only: Option<MappingHook>) -> Result<()> {
         for (hook, attach) in [
-            (MappingHook::Functions, attach_functions as fn(&Objects, &Btf) -> Result<Vec<OwnedFd>>),
+            (MappingHook::Functions, attach_functions as fn(&Objects, &Btf) -> Result<Vec<Attached>>),
             (MappingHook::TypedTracepoints, attach_typed_tracepoints),
         ] {
             if only.is_some_and(|only| only != hook) {
                 continue;
             }
             match btf.context("the kernel has no type information").and_then(|btf| attach(objects, btf)) {
-                Ok(links) => {
-                    self.system_links.extend(links);
+                Ok(attached) => {
+                    for attached in attached {
+                        self.keep(attached);
+                    }
                     self.mapping_hook = hook;
                     return Ok(());
                 }
@@ -386,9 +391,20 @@ impl Programs {
         for (name, tracepoint) in programs {
             let program = objects.load(name, Hook::RawTracepoint)?;
             let link = sys::link_raw_tracepoint(program.as_fd(), &CString::new(*tracepoint)?);
-            self.system_links.push(link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?);
+            let link = link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
+            self.keep(Attached { program, link });
         }
         Ok(())
+    }
+
+    fn keep(&mut self, attached: Attached) {
+        self.watchers.push(attached.program);
+        self.system_links.push(attached.link);
+    }
+
+    /// The programs that see mapping calls and what happens to processes, for the module that counts what they miss.
+    pub(crate) fn take_watchers(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.watchers)
     }
 
     /// Whether records come through our own ring.
@@ -634,32 +650,40 @@ fn kernel_types() -> Option<Btf> {
     Btf::of_this_kernel(&names, &members).inspect_err(|error| log::info!("{error}")).ok()
 }
 
+/// A program that is attached to the system, and what removes it.
+struct Attached {
+    program: OwnedFd,
+    link: OwnedFd,
+}
+
 /// Attaches to the kernel's functions for the mapping calls: to all of them or none.
-fn attach_functions(objects: &Objects, btf: &Btf) -> Result<Vec<OwnedFd>> {
-    let mut links = Vec::new();
+fn attach_functions(objects: &Objects, btf: &Btf) -> Result<Vec<Attached>> {
+    let mut attached = Vec::new();
     for (enter, leave, call) in MAPPING_FUNCTIONS {
         let function = format!("{SYSCALL_PREFIX}{call}");
         let id = btf.id(&function).with_context(|| format!("the kernel has no function {function}"))?;
         // The exit first: an entry without its exit would leave a call in flight.
         for (name, hook) in [(leave, Hook::FunctionExit(id)), (enter, Hook::FunctionEntry(id))] {
             let program = objects.load(name, hook)?;
-            links.push(sys::link_tracing(program.as_fd()).with_context(|| format!("failed to attach to {function}"))?);
+            let link = sys::link_tracing(program.as_fd()).with_context(|| format!("failed to attach to {function}"))?;
+            attached.push(Attached { program, link });
         }
     }
-    Ok(links)
+    Ok(attached)
 }
 
 /// Attaches to the tracepoints of all system calls, with typed arguments.
-fn attach_typed_tracepoints(objects: &Objects, btf: &Btf) -> Result<Vec<OwnedFd>> {
-    let mut links = Vec::new();
+fn attach_typed_tracepoints(objects: &Objects, btf: &Btf) -> Result<Vec<Attached>> {
+    let mut attached = Vec::new();
     for (name, tracepoint) in TYPED_TRACEPOINTS {
         let id = btf.id(&format!("btf_trace_{tracepoint}"));
         let id = id.with_context(|| format!("the kernel has no type for the tracepoint {tracepoint}"))?;
         let program = objects.load(name, Hook::Tracepoint(id))?;
         let link = sys::link_tracing(program.as_fd());
-        links.push(link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?);
+        let link = link.with_context(|| format!("failed to attach to the tracepoint {tracepoint}"))?;
+        attached.push(Attached { program, link });
     }
-    Ok(links)
+    Ok(attached)
 }
 
 /// The BPF object, relocated against aya's maps, for the programs that aya cannot load: it knows no expected attach type for

@@ -478,6 +478,17 @@ pub struct RunTime {
 
 /// Reads a program's run time.
 pub fn run_time(program: BorrowedFd<'_>) -> io::Result<RunTime> {
+    program_info(program).map(|info| RunTime { nanoseconds: info.run_time_ns, runs: info.run_cnt })
+}
+
+/// How often the kernel left out a run of a program since it was loaded, because the program was running on that processor
+/// already; counted from 5.12 on, zero before (`recursion_misses` in `struct bpf_prog_info`).
+pub fn recursion_misses(program: BorrowedFd<'_>) -> io::Result<u64> {
+    program_info(program).map(|info| info.recursion_misses)
+}
+
+/// What the kernel tells of a program; zero what it does not know of.
+fn program_info(program: BorrowedFd<'_>) -> io::Result<bpf_prog_info> {
     // SAFETY: plain integers, for which zero is a valid value.
     let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
     let mut attr = zeroed();
@@ -485,7 +496,7 @@ pub fn run_time(program: BorrowedFd<'_>) -> io::Result<RunTime> {
     attr.info.info_len = size_of::<bpf_prog_info>() as u32;
     attr.info.info = std::ptr::from_mut(&mut info) as u64;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    Ok(RunTime { nanoseconds: info.run_time_ns, runs: info.run_cnt })
+    Ok(info)
 }
 
 /// What this kernel can link, found by trying to link: loading a program with an attach type that the kernel does not

@@ -49,7 +49,7 @@ pub enum Notice {
 /// What did not come through the ring.
 struct Lost {
     frees: Vec<MissedFree>,
-    /// Frees, or changes of mappings, that nothing is known of.
+    /// Frees, or changes of mappings and processes, that nothing is known of.
     for_good: bool,
 }
 
@@ -155,7 +155,7 @@ impl Core {
     fn take_lost(&mut self) -> Lost {
         self.counters_read = Instant::now();
         let kept_aside = self.losses.get(counter::RING_FULL_FREE);
-        let lost = self.losses.get(counter::FREE_LOST) + self.losses.get(counter::RING_FULL_OTHER);
+        let lost = self.losses.for_good();
         let frees = if kept_aside == self.kept_aside { Vec::new() } else { self.losses.drain_missed() };
         self.kept_aside = kept_aside;
         Lost { frees, for_good: std::mem::replace(&mut self.lost, lost) != lost }

@@ -4,6 +4,7 @@
 //! mapped file that its owner cuts short would end this program with a signal. Nothing is read that the file does not have,
 //! so one that claims terabytes costs nothing.
 
+use super::pointers;
 use super::table::Why;
 use gimli::{BaseAddresses, EhFrameHdr, NativeEndian};
 use object::elf;
@@ -130,6 +131,8 @@ pub struct Image<'a> {
     pub build_id: Option<Vec<u8>>,
     /// Compiled Go, wholly or in part: that part has frame pointers and no unwind information.
     pub go: bool,
+    /// No unwind information speaks of the code, but it has frame pointers, by the looks of it.
+    pub bare_with_frame_pointers: bool,
     /// The code is changed when it is loaded, so that calls in it may lead anywhere.
     pub relocated_code: bool,
     /// Those that come first are to be believed.
@@ -137,7 +140,7 @@ pub struct Image<'a> {
 }
 
 impl<'a> Image<'a> {
-    /// Reads headers and unwind information, but no code.
+    /// Reads headers and unwind information, but code only where there is none of that.
     pub fn open(data: Data<'a>) -> Result<Self, Why> {
         let ident = data.read_bytes_at(0, 16).map_err(|()| Why::NotElf)?;
         if !ident.starts_with(&elf::ELFMAG) {
@@ -158,7 +161,16 @@ impl<'a> Image<'a> {
         // Section headers may be stripped, or cut off; what is loaded says enough then.
         let sections = Sections::of(header, endian, data);
         let bytes_of = |s: &Segment| s.data(endian, data).ok();
-        let mut image = Self { data, base, code, build_id: None, go: false, relocated_code: false, frames: Vec::new() };
+        let mut image = Self {
+            data,
+            base,
+            code,
+            build_id: None,
+            go: false,
+            bare_with_frame_pointers: false,
+            relocated_code: false,
+            frames: Vec::new(),
+        };
         for segment in segments {
             if let Ok(Some(notes)) = segment.notes(endian, data) {
                 image.note(notes, endian);
@@ -195,6 +207,7 @@ impl<'a> Image<'a> {
             });
             image.frames.splice(0..0, found);
         }
+        image.bare_with_frame_pointers = image.frames.is_empty() && !image.go && pointers::are_kept(data, &image.code);
         Ok(image)
     }
 
@@ -248,9 +261,10 @@ impl<'a> Image<'a> {
         self.code.iter().any(|c| c.contains(address))
     }
 
-    /// Feeds all that decides about the rows, but for the code, to a hasher: what a copy of the file has in common with it.
+    /// Feeds all that decides about the rows, but for the places of calls, to a hasher: what a copy of the file has in common with it.
     pub fn hash_unwind_information(&self, hasher: &mut impl Hasher) {
-        (self.base, &self.code, &self.build_id, self.go, self.relocated_code).hash(hasher);
+        (self.base, &self.code, &self.build_id, self.go, self.bare_with_frame_pointers, self.relocated_code)
+            .hash(hasher);
         for frames in &self.frames {
             (frames.form, &frames.bytes).hash(hasher);
         }

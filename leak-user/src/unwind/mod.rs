@@ -6,6 +6,7 @@
 //! sorted rows of eight bytes ([`leak_common::unwind`]) that the BPF side searches.
 //!
 //! - [`image`]: what an ELF file, or the kernel's vDSO, has to say; bounded reads, any bytes may come;
+//! - `pointers`: whether code has frame pointers that no unwind information speaks of;
 //! - [`cfi`]: runs the descriptions;
 //! - `x86_64`: what they mean on this machine, and where calls end;
 //! - [`table`]: the rows of a file, all or only those that a walk can ask for;
@@ -26,6 +27,7 @@ pub mod cfi;
 pub mod extents;
 pub mod image;
 pub mod packed;
+mod pointers;
 pub mod table;
 pub mod tables;
 mod x86_64;

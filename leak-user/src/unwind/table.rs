@@ -87,7 +87,7 @@ pub struct Table {
     pub rows: Vec<u64>,
     /// The rows hold for every instruction, not only for ends of calls.
     pub full: bool,
-    /// Code without rows has frame pointers: compiled Go.
+    /// Code without rows has frame pointers: compiled Go, or by the looks of it in a file without any unwind information.
     pub frame_pointers: bool,
     pub stats: Stats,
 }
@@ -142,7 +142,7 @@ impl Table {
             build_id: image.build_id.clone(),
             rows,
             full: keep == Rows::Full,
-            frame_pointers: image.go,
+            frame_pointers: image.go || image.bare_with_frame_pointers,
             stats,
         })
     }
@@ -157,7 +157,7 @@ impl Table {
     pub fn missing(&self) -> Option<&'static str> {
         match (self.rows.is_empty(), self.frame_pointers) {
             (false, _) => None,
-            (true, true) => Some("no unwind information, but frame pointers (Go)"),
+            (true, true) => Some("no unwind information, but frame pointers"),
             (true, false) => Some("no unwind information"),
         }
     }

@@ -160,14 +160,10 @@ pub fn scan(
     for i in range {
         let last = match code[i] {
             // call rel32
-            0xe8 => {
-                let Some(relative) = code.get(i + 1..).and_then(<[u8]>::first_chunk::<4>) else { continue };
-                let target = (address + i as u64 + 5).wrapping_add_signed(i64::from(i32::from_le_bytes(*relative)));
-                if !is_code(target) {
-                    continue;
-                }
-                i + 4
-            }
+            0xe8 => match direct_call(code, i, address) {
+                Some(target) if is_code(target) => i + 4,
+                _ => continue,
+            },
             // call r/m64: FF /2
             0xff => match code.get(i + 1..).and_then(indirect_call_length) {
                 Some(len) => i + len,
@@ -189,6 +185,31 @@ pub fn scan(
             found.call(address + last as u64);
         }
     }
+}
+
+/// Where the bytes at `i` of code at `address` call, if they are a direct call: E8, relative to its end.
+pub fn direct_call(code: &[u8], i: usize, address: u64) -> Option<u64> {
+    let relative = code.get(i..)?.strip_prefix(&[0xe8])?.first_chunk::<4>()?;
+    Some((address + i as u64 + 5).wrapping_add_signed(i64::from(i32::from_le_bytes(*relative))))
+}
+
+/// How many bytes of a function [`sets_frame_pointer`] looks at: what can be done without a frame may come first, such as a look at
+/// the arguments.
+pub const PROLOGUE: usize = 24;
+
+/// Whether a function that begins with these bytes sets up a frame pointer. None if it is a linker's stub, which only jumps on.
+pub fn sets_frame_pointer(start: &[u8]) -> Option<bool> {
+    // endbr64
+    let code = start.strip_prefix(b"\xf3\x0f\x1e\xfa").unwrap_or(start);
+    // jmp [rip + x], also with the prefix bnd; push x, of a stub that has not been resolved
+    if code.starts_with(b"\xff\x25") || code.starts_with(b"\xf2\xff\x25") || code.starts_with(b"\x68") {
+        return None;
+    }
+    // Behind a return there may be another function. An early return that comes first only makes the answer no.
+    let code = code.split(|&byte| byte == 0xc3).next().unwrap_or_default();
+    // mov rbp, rsp, in either of its two encodings, behind push rbp: compilers put other instructions between the two.
+    let set = code.windows(3).position(|bytes| bytes == b"\x48\x89\xe5" || bytes == b"\x48\x8b\xec");
+    Some(set.is_some_and(|at| code[..at].contains(&0x55)))
 }
 
 /// The length of what follows the opcode FF, if it is a near call (Intel SDM volume 2, tables 2-2 and 2-3).

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use leaktrace_tests::{Fixture, Program, host};
+use leaktrace_tests::{Fixture, Program, host, stacks, summary};
 
-use super::traced::{Traced, c_fixture};
+use super::traced::{FIRST_SIZE, Traced, c_fixture};
 use super::truth::Expected;
 
 /// A library in a folder of its own, compiled from plugin.c.
@@ -178,7 +178,10 @@ fn code_without_tables() -> Result<()> {
     let pointers = ["-UNO_FRAME_POINTER", "-fno-omit-frame-pointer"];
     let with_pointers = plugin(1, &pointers)?;
     let pointers_only = plugin(1, &[&pointers[..], &NONE, &["-g0"]].concat())?;
-    let libraries = libraries.into_iter().map(|library| (&whole, library)).chain([(&with_pointers, pointers_only)]);
+    // Without the compiler's start files, whose tables would be the file's.
+    let bare = plugin(1, &[&NONE[..], &["-g0", "-nostdlib"]].concat())?;
+    let libraries = libraries.into_iter().chain([bare]);
+    let libraries = libraries.map(|library| (&whole, library)).chain([(&with_pointers, pointers_only)]);
     let mut traced = Traced::start(&code_fixture()?, "auto")?;
     for (same, library) in libraries {
         load_after(&mut traced, same, &library)?;
@@ -188,6 +191,33 @@ fn code_without_tables() -> Result<()> {
         traced.fixture.tell("unload")?;
     }
     traced.finish()?;
+    Ok(())
+}
+
+/// A file without any unwind information: whole by its frame pointers, and marked as such. Without those the stack ends there.
+#[test]
+fn code_without_tables_but_frame_pointers() -> Result<()> {
+    if !host::can_trace("code_without_tables_but_frame_pointers") {
+        return Ok(());
+    }
+    let pointers = ["-UNO_FRAME_POINTER", "-fno-omit-frame-pointer"];
+    let bare = [&NONE[..], &["-g0", "-nostdlib"]].concat();
+    let by_pointers = plugin(1, &[&pointers[..], &bare].concat())?;
+    let mut traced = Traced::start(&code_fixture()?, "auto")?;
+    load_after(&mut traced, &plugin(1, &pointers)?, &by_pointers)?;
+    traced.take_until_whole("known")?;
+    traced.fixture.tell("unload")?;
+    load_after(&mut traced, &plugin(1, &[])?, &plugin(1, &bare)?)?;
+    for _ in 0..3 {
+        ensure!(!traced.is_seen_whole("known", Expected::WholeOrMarked)?, "whole without tables and frame pointers");
+    }
+    let report = traced.finish()?;
+    // All other code has tables.
+    let by_pointers = stacks(&report).any(|stack| {
+        let large = stack["allocated_bytes"].as_u64() >= Some(FIRST_SIZE);
+        large && stack["complete"] == true && stack["by_frame_pointers"] == true
+    });
+    ensure!(by_pointers, "{}", summary(&report));
     Ok(())
 }
 

@@ -128,6 +128,21 @@ fn interrupted_at_every_instruction() -> Result<()> {
     Ok(())
 }
 
+/// A stack is not taken for the one before because all its frames are the same: the word that ended that one is no zero any more.
+#[test]
+fn outermost_word_that_changes() -> Result<()> {
+    if !host::can_trace("outermost_word_that_changes") {
+        return Ok(());
+    }
+    let mut traced = Traced::start(&c_fixture().build()?, "auto")?;
+    traced.take("reused", "", Expected::Whole)?;
+    let frames: Vec<_> = traced.truths.iter().map(|(truth, _)| truth.frames.len()).collect();
+    // The return address adds a frame; the deep ones have two more inside.
+    ensure!(frames == [3, 4, 3, 6, 5, 4, 3, 4], "{frames:?}");
+    traced.finish()?;
+    Ok(())
+}
+
 /// Four threads that allocate from many stacks of different depth at once: each of the blocks has its own path's stack.
 #[test]
 fn many_stacks_at_once() -> Result<()> {

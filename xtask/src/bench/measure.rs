@@ -148,6 +148,8 @@ pub fn cell(tools: &Tools, targets: &Targets, row: Row, workload: Workload, roun
         .arg(workload.threads.to_string())
         .arg("--frames")
         .arg(workload.frames.saturating_sub(OWN_FRAMES).to_string())
+        .arg("--turn")
+        .arg(workload.turn.to_string())
         .patience(plan.duration + PATIENCE)
         .start()?;
     let tracer = tools.attach(row, target.pid())?;

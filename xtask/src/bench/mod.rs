@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: what tracing costs, side by side with nothing, with the least that is possible and with a peer.
 //!
-//! Seven rows ([`tool`]) on four workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
+//! Seven rows ([`tool`]) on five workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
 //! take turns over several rounds, and what is compared is compared within a round ([`summary`]); [`table`] shows it. Program
 //! times cost time themselves, so throughput is measured without them. What unwind tables take ([`unwinding`]) and the time
 //! to the first traced allocation ([`first`]) are measured apart.
@@ -42,15 +42,18 @@ pub struct Workload {
     pub threads: u32,
     /// Of the call stack that an allocation is made from, from malloc's caller to the thread's start.
     pub frames: u32,
+    /// How many of them, nearly the innermost, are others for each allocation than for the one before.
+    pub turn: u32,
     /// Whether the target was compiled to keep them. Without, memleak does not see the stack.
     pub frame_pointers: bool,
 }
 
-const WORKLOADS: [Workload; 4] = [
-    Workload { threads: 1, frames: 10, frame_pointers: true },
-    Workload { threads: 1, frames: 30, frame_pointers: true },
-    Workload { threads: 2, frames: 10, frame_pointers: true },
-    Workload { threads: 1, frames: 10, frame_pointers: false },
+const WORKLOADS: [Workload; 5] = [
+    Workload { threads: 1, frames: 10, turn: 0, frame_pointers: true },
+    Workload { threads: 1, frames: 30, turn: 0, frame_pointers: true },
+    Workload { threads: 2, frames: 10, turn: 0, frame_pointers: true },
+    Workload { threads: 1, frames: 10, turn: 0, frame_pointers: false },
+    Workload { threads: 1, frames: 30, turn: 5, frame_pointers: true },
 ];
 
 #[derive(Args)]

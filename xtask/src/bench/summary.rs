@@ -351,6 +351,7 @@ impl Measured {
         json!({
             "threads": self.workload.threads,
             "frames": self.workload.frames,
+            "turn": self.workload.turn,
             "frame_pointers": self.workload.frame_pointers,
             "rows": rows,
             "targets": targets_json(self.targets()),
@@ -389,7 +390,7 @@ mod tests {
 
     use super::*;
 
-    const WORKLOAD: Workload = Workload { threads: 1, frames: 10, frame_pointers: true };
+    const WORKLOAD: Workload = Workload { threads: 1, frames: 10, turn: 0, frame_pointers: true };
 
     fn cell(row: Row, round: u32, pairs_per_s: f64) -> Cell {
         Cell { row, round, pairs_per_s, target_cpus: 1.0, tracer: None }

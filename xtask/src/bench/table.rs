@@ -17,17 +17,26 @@ const TARGET_WIDTH: usize = 21;
 /// With less of the processors than this the target shared them with something else.
 const QUIET: f64 = 0.95;
 
-/// `1 thread, 10 frames`, and whether the target has no frame pointers.
+/// `1 thread, 10 frames`, and how many of those change, or whether the target has no frame pointers.
 pub fn title(workload: Workload) -> String {
     let s = if workload.threads == 1 { "" } else { "s" };
-    let no = if workload.frame_pointers { "" } else { ", no fp" };
-    format!("{} thread{s}, {} frames{no}", workload.threads, workload.frames)
+    let rest = match (workload.turn, workload.frame_pointers) {
+        (0, true) => "",
+        (0, false) => ", no fp",
+        (turn, true) => &format!(", {turn} new"),
+        (turn, false) => &format!(", {turn} new, no fp"),
+    };
+    format!("{} thread{s}, {} frames{rest}", workload.threads, workload.frames)
 }
 
 /// The same for a narrow column.
 fn short_title(workload: Workload) -> String {
     let s = if workload.threads == 1 { "" } else { "s" };
-    let rest = if workload.frame_pointers { " frames" } else { ", no fp" };
+    let rest = match (workload.turn, workload.frame_pointers) {
+        (0, true) => " frames",
+        (0, false) => ", no fp",
+        (turn, _) => &format!(", {turn} new"),
+    };
     format!("{} thread{s}, {}{rest}", workload.threads, workload.frames)
 }
 
@@ -69,6 +78,7 @@ pub fn render(summary: &Summary) -> String {
          ns/run        run time of the programs at the probes, by the kernel's BPF statistics; ns/pair: for a malloc + free\n\
          lost          events that leaktrace counted as lost, worst round; memleak does not count its own\n\
          no fp         the target is compiled without frame pointers, as distributions compile; memleak needs them\n\
+         new           so many frames are other functions' in each pair than in the one before, in about a thousand stacks\n\
          frames        of the deepest stack shown; by tables one more, the code that starts the thread\n\
          reused        share of frames that were taken over from the thread's last stack instead of unwound\n\
          CPU           of one processor, user + system time of the tool while the target runs\n\

@@ -408,6 +408,18 @@ fn without_unwind_information() {
     let read = |elf: &Elf| Table::of_bytes(&elf.bytes(), Rows::CallEnds).expect("a table");
     let bare = read(&Elf { sections: Vec::new(), ..Elf::new(&[0x90; 16], b"") });
     assert_eq!((bare.frame_pointers, bare.missing()), (false, Some("no unwind information")));
+    // Frame pointers are believed in where most of the functions that are called have them, and only without unwind information.
+    let functions = [with_pointer(), with_pointer(), without_pointer()].concat();
+    let image = |starts: [usize; 3], eh_frame: bool| {
+        let code = calls(starts, &functions);
+        let sections = if eh_frame { Elf::new(&[], b"\0\0\0\0").sections } else { Vec::new() };
+        let table = read(&Elf { sections, ..Elf::new(&code, b"") });
+        (table.frame_pointers, table.missing())
+    };
+    assert_eq!(image([0, 16, 32], false), (true, Some("no unwind information, but frame pointers")));
+    assert_eq!(image([0, 32, 32], false), (false, Some("no unwind information")), "half of them are not most");
+    assert_eq!(image([32, 32, 32], false), (false, Some("no unwind information")));
+    assert_eq!(image([0, 16, 32], true), (false, Some("no unwind information")));
     let go = Elf { sections: Vec::new(), note: Some(("Go", 4, b"id")), ..Elf::new(&[0x90; 16], b"") };
     assert!(read(&go).frame_pointers);
     let sections = vec![Section { name: ".gopclntab", flags: 2, bytes: b"x" }];
@@ -416,6 +428,32 @@ fn without_unwind_information() {
     assert!(read(&stripped).frame_pointers);
     let gnu = Elf { note: Some(("GNU", 3, b"0123456789abcdef")), ..Elf::new(&[0x90; 16], b"") };
     assert_eq!(read(&gnu).build_id.as_deref(), Some(&b"0123456789abcdef"[..]));
+}
+
+/// A function of 16 bytes: endbr64; push rbp; mov rax, rdi; mov rbp, rsp; pop rbp; ret.
+fn with_pointer() -> Vec<u8> {
+    let mut code = b"\xf3\x0f\x1e\xfa\x55\x48\x89\xf8\x48\x89\xe5\x5d\xc3".to_vec();
+    code.resize(16, 0xcc);
+    code
+}
+
+/// A function of 32 bytes: push rbx; pop rbx; ret.
+fn without_pointer() -> Vec<u8> {
+    let mut code = b"\x53\x5b\xc3".to_vec();
+    code.resize(32, 0xcc);
+    code
+}
+
+/// Calls to offsets in the functions behind them.
+fn calls(starts: [usize; 3], functions: &[u8]) -> Vec<u8> {
+    let mut code = Vec::new();
+    for start in starts {
+        let distance = (15 + start - (code.len() + 5)) as u32;
+        code.push(0xe8);
+        code.extend_from_slice(&distance.to_le_bytes());
+    }
+    code.extend_from_slice(functions);
+    code
 }
 
 /// Where a file is mapped gives what is taken off an address; a mapping of no code gives nothing.
