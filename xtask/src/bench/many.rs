@@ -37,7 +37,8 @@ pub struct Attached {
     pub processes: usize,
     /// Breakpoints in all of them.
     pub points: usize,
-    /// From the start of leaktrace until the last breakpoint stood, and from SIGINT until none did.
+    /// From the start of leaktrace until the last breakpoint stood, and from SIGINT until leaktrace had ended, its report
+    /// written.
     pub attach_s: f64,
     pub detach_s: f64,
 }
@@ -87,29 +88,31 @@ fn attached(tools: &Tools, deep: &Path, processes: usize) -> Result<Attached> {
     let pids: Vec<u32> = targets.iter().map(Fixture::pid).collect();
     let list = pids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
     let count = || pids.iter().map(|pid| host::breakpoints(*pid)).sum::<Result<usize>>();
+    let last = *pids.last().context("at least one process")?;
     let mut command = Command::new(&tools.leaktrace);
     command.args(["--sample", "exact", "--format", "json", "-p", &list]);
     let start = Instant::now();
     let mut tracer = Ended(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
-    let (mut points, mut last) = (0, start);
-    while points == 0 || last.elapsed() < Duration::from_millis(700) {
-        let now = count()?;
-        if now != points {
-            (points, last) = (now, Instant::now());
+    // Processes are attached to in their order. To look into all of them each time would take longer than attaching does.
+    let (mut found, mut at) = (0, start);
+    while found == 0 || at.elapsed() < Duration::from_millis(500) {
+        let now = host::breakpoints(last)?;
+        if now != found {
+            (found, at) = (now, Instant::now());
         }
         ensure!(start.elapsed() < PATIENCE, "{processes} processes were not attached to within {PATIENCE:?}");
         ensure!(tracer.0.try_wait()?.is_none(), "leaktrace ended while it was attaching to {processes} processes");
         sleep(Duration::from_millis(5));
     }
-    let attach_s = (last - start).as_secs_f64();
+    let attach_s = (at - start).as_secs_f64();
+    let points = count()?;
+    ensure!(points == found * processes, "{points} breakpoints in {processes} processes, {found} in the last of them");
+    // It ends when the last one is gone, and the report is written.
     let stop = Instant::now();
     tracer.interrupt()?;
-    while count()? > 0 {
-        ensure!(stop.elapsed() < PATIENCE, "breakpoints were left after {PATIENCE:?}");
-        sleep(Duration::from_millis(5));
-    }
-    let detach_s = stop.elapsed().as_secs_f64();
     tracer.0.wait()?;
+    let detach_s = stop.elapsed().as_secs_f64();
+    ensure!(count()? == 0, "breakpoints were left");
     Ok(Attached { processes, points, attach_s, detach_s })
 }
 

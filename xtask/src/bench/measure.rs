@@ -222,7 +222,9 @@ fn read_report(text: &str, expected_events: u64) -> Result<(ReportFigures, usize
         serde_json::from_value(report["losses"].clone()).context("failed to read the report's losses")?;
     let frames = |stack: &Value| {
         let holds = stack["live_count"].as_u64() > Some(0) && stack["op"] == "malloc";
-        stack["frames"].as_array().filter(|_| holds).map_or(0, Vec::len)
+        // Inlined functions have no frame of their own.
+        let frames = stack["frames"].as_array().filter(|_| holds);
+        frames.map_or(0, |frames| frames.iter().filter(|frame| frame["inlined"] != true).count())
     };
     let counter = |name: &str| report["counters"][name].as_u64().unwrap_or(0);
     let figures = ReportFigures {
