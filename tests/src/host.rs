@@ -7,7 +7,8 @@ use std::env;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -123,6 +124,21 @@ pub fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
         }
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Copies a dynamic program's libraries and its linker, by `ldd`, to the same paths below another root; gives the copies.
+pub fn copy_libraries(program: &Path, root: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output().context("failed to start ldd")?;
+    let text = String::from_utf8(output.stdout)?;
+    let libraries = text.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new);
+    libraries
+        .map(|library| {
+            let copy = root.join(library.strip_prefix("/")?);
+            fs::create_dir_all(copy.parent().context("no folder")?)?;
+            fs::copy(library, &copy).with_context(|| format!("failed to copy {}", library.display()))?;
+            Ok(copy)
+        })
+        .collect()
 }
 
 /// User and system time that a process has used.

@@ -2,8 +2,7 @@
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -347,13 +346,6 @@ fn a_deleted_program_keeps_its_names() -> Result<()> {
     Ok(())
 }
 
-/// The files that a dynamic program needs besides itself: its libraries and its linker, by `ldd`.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("failed to start ldd")?;
-    let text = String::from_utf8(output.stdout)?;
-    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
-}
-
 /// A process in a root of its own, with a libc that is a copy at the same path: found through the process, not by the host's path.
 #[test]
 fn a_process_in_another_root() -> Result<()> {
@@ -362,11 +354,7 @@ fn a_process_in_another_root() -> Result<()> {
     }
     let root = tempfile::tempdir()?;
     let program = Program::c("allocators").build()?;
-    for library in libraries(&program)? {
-        let copy = root.path().join(library.strip_prefix("/")?);
-        fs::create_dir_all(copy.parent().context("no folder")?)?;
-        fs::copy(&library, &copy).with_context(|| format!("failed to copy {}", library.display()))?;
-    }
+    host::copy_libraries(&program, root.path())?;
     fs::copy(&program, root.path().join("program"))?;
     let path = root.path().to_owned();
     let mut builder = Fixture::builder(Path::new("/program"));

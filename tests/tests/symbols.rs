@@ -30,13 +30,7 @@ struct Root {
 impl Root {
     fn with(program: &Path) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let ldd = Command::new("ldd").arg(program).output().context("failed to start ldd")?;
-        let libraries = String::from_utf8(ldd.stdout)?;
-        for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
-            let copy = folder.path().join(&library[1..]);
-            fs::create_dir_all(copy.parent().context("no folder")?)?;
-            fs::copy(library, &copy).with_context(|| format!("failed to copy {library}"))?;
-        }
+        host::copy_libraries(program, folder.path())?;
         fs::copy(program, folder.path().join("program"))?;
         fs::create_dir(folder.path().join("tmp"))?;
         fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;

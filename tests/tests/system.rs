@@ -1,7 +1,7 @@
 //! The whole system: leaktrace finds by itself who grows, in whatever namespace it lives.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -169,13 +169,6 @@ fn only_child(pid: u32) -> Result<u32> {
     found.with_context(|| format!("process {pid} has no child"))
 }
 
-/// The files that a dynamic program needs besides itself: its libraries and its linker, by `ldd`.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("failed to start ldd")?;
-    let text = String::from_utf8(output.stdout)?;
-    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
-}
-
 /// A leak in a mount, pid and user namespace of its own, with a libc that was copied in and then deleted: found, attached to
 /// and named, with the pid that it has there.
 #[test]
@@ -185,13 +178,7 @@ fn in_namespaces_of_its_own() -> Result<()> {
     }
     let root = tempfile::tempdir()?;
     let program = Program::c("leak_slow").build()?;
-    let mut copies = Vec::new();
-    for library in libraries(&program)? {
-        let copy = root.path().join(library.strip_prefix("/")?);
-        fs::create_dir_all(copy.parent().context("no folder")?)?;
-        fs::copy(&library, &copy).with_context(|| format!("failed to copy {}", library.display()))?;
-        copies.push(copy);
-    }
+    let copies = host::copy_libraries(&program, root.path())?;
     fs::copy(&program, root.path().join("program"))?;
     let mut unshare = Command::new("unshare");
     unshare.args(["--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "chroot"]);
