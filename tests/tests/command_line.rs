@@ -233,7 +233,9 @@ fn wrong_usage() -> Result<()> {
     for pids in ["0", "-1", "abc", "1,,2", "99999999999", "1,1"] {
         assert_refused(&run(["-p", pids])?, 2, &["--pid"]).with_context(|| format!("-p {pids}"))?;
     }
-    assert_refused(&run([])?, 2, &["-p", "COMMAND"])?;
+    assert_refused(&run(["-p", &pid, "--comm", "nginx"])?, 2, &["--comm", "--pid"])?;
+    assert_refused(&run(["--all", "--", "true"])?, 2, &["--all", "COMMAND"])?;
+    assert_refused(&run(["--exclude", "nginx"])?, 2, &["--exclude", "KIND=VALUE"])?;
     assert_refused(&run(["-p", &pid, "--", "true"])?, 2, &["--pid", "true"])?;
     assert_refused(&run(["--no-such-option"])?, 2, &["--no-such-option"])?;
     assert_refused(&run(["-p", &pid, "--min-size", "2K", "--max-size", "1K"])?, 2, &["--max-size", "--min-size"])?;

@@ -278,7 +278,7 @@ fn mistakes_are_named() -> Result<()> {
         (&["-p", "1", "--duration", "0s"], 2, "--duration"),
         (&["-p", "1", "-o", "/no/such/folder/report"], 1, "/no/such/folder"),
         (&["-p", "0"], 2, "--pid"),
-        (&[], 2, "no process given"),
+        (&["-p", "1", "--uid", "0"], 2, "--uid"),
     ] {
         if code == 1 && !can_trace("mistakes_are_named") {
             continue;
