@@ -21,6 +21,7 @@ fuzz_target!(|input: (bool, u16, &[u8])| {
         code: Vec::from_iter((!code.is_empty()).then_some(Code { offset: 0, address: CODE, size: code.len() as u64 })),
         build_id: None,
         go: false,
+        bare_with_frame_pointers: false,
         relocated_code: false,
         frames: vec![Frames {
             form,

@@ -5,6 +5,8 @@
 pub mod cfi;
 #[path = "../../../leak-user/src/unwind/image.rs"]
 pub mod image;
+#[path = "../../../leak-user/src/unwind/pointers.rs"]
+mod pointers;
 #[path = "../../../leak-user/src/unwind/table.rs"]
 pub mod table;
 #[path = "../../../leak-user/src/unwind/x86_64.rs"]
