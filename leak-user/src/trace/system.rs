@@ -241,8 +241,6 @@ impl Run<'_> {
             }
             system.settled.push_back(process);
         }
-        // Nothing is traced by anybody in it from the first probe that goes on: its ledger goes with it.
-        self.programs.remove_target(id.tgid);
         crate::attach::detach(target.detach());
         self.let_go(id);
         log::info!("pid {}: released, because {}", id.tgid, decision.reason);
