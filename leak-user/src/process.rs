@@ -172,10 +172,9 @@ impl Process {
         if StatFlags::from_bits_truncate(stat.flags).contains(StatFlags::PF_KTHREAD) {
             return Err(Error::KernelThread { pid, comm: stat.comm });
         }
-        let stand_in = if matches!(stat.state, 'Z' | 'X') {
-            Some(Thread::oldest(pid).ok_or(Error::Exited { pid })?)
-        } else {
-            None
+        let stand_in = match Thread::living(pid, pid) {
+            Some(_) => None,
+            None => Some(Thread::oldest(pid).ok_or(Error::Exited { pid })?),
         };
         let through = stand_in.map_or(pid, |thread| thread.tid);
         let pidfd = PidFd::open(pid)?;

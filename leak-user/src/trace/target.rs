@@ -95,10 +95,27 @@ impl Target {
 
     /// Puts probes into the allocators that were mapped since the last time. Cheap while nothing was.
     pub fn attach_new(&mut self, programs: &Programs) -> Result<()> {
+        loop {
+            let attached = self.attach_found(programs);
+            // Its first thread may end between any two steps, and nothing is found through it from then on.
+            if !self.files.is_empty() || !self.process.follow_threads() {
+                return attached;
+            }
+            self.look_through(self.process.through());
+        }
+    }
+
+    fn attach_found(&mut self, programs: &Programs) -> Result<()> {
         for file in self.discovery.refresh()? {
             self.attach_file(programs, file)?;
         }
         Ok(())
+    }
+
+    /// Sees the memory of the process through this thread from now on.
+    fn look_through(&mut self, thread: u32) {
+        self.discovery.look_through(thread);
+        self.rss = self.process.rss().ok();
     }
 
     /// Takes what the user names as allocators too; before the first [`Self::attach_new`].
@@ -139,8 +156,7 @@ impl Target {
             return Ok(Followed::AsBefore);
         }
         let through = self.process.through();
-        self.discovery.look_through(through);
-        self.rss = self.process.rss().ok();
+        self.look_through(through);
         if !self.process.leader_has_ended() {
             // exec; the event of it says what to do.
             return Ok(Followed::Moved);
