@@ -122,6 +122,17 @@ static USE_TABLES: u64 = 1;
 #[unsafe(no_mangle)]
 static NEVER: u64 = 0;
 
+/// The bits that addresses of user space have on this host: what is above them in a return address is its signature.
+#[cfg(bpf_target_arch = "aarch64")]
+#[unsafe(no_mangle)]
+static ADDRESS_MASK: u64 = (1 << 48) - 1;
+
+#[cfg(bpf_target_arch = "aarch64")]
+#[inline(always)]
+pub fn address_mask() -> u64 {
+    setting!(ADDRESS_MASK)
+}
+
 /// Where in kernel structures the pending return probes of a task are; zero: not known. In this order: `task_struct.utask`,
 /// `uprobe_task.return_instances`, `return_instance.stack`, `.orig_ret_vaddr`, `.next`.
 #[unsafe(no_mangle)]

@@ -316,6 +316,9 @@ impl Programs {
         for (name, value) in &globals {
             loader.override_global(name, value, true);
         }
+        let address_mask = address_mask();
+        // Where nothing is signed the programs do not ask.
+        loader.override_global("ADDRESS_MASK", &address_mask, cfg!(target_arch = "aarch64"));
         let bytes = object(own_ring, map_allocator)?;
         if !map_allocator {
             loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
@@ -650,6 +653,15 @@ fn kernel_types() -> Option<Btf> {
     Btf::of_this_kernel(&names, &members).inspect_err(|error| log::info!("{error}")).ok()
 }
 
+/// The bits that addresses of user space have on this host: arm64 has 39 to 48 of them, by its page size and configuration, and signs
+/// return addresses in those above (Documentation/arch/arm64/memory.rst and pointer-authentication.rst). The first stack of a
+/// process stands at the end of its address space, or, where that has 52 bits, of what is given to who does not ask for more.
+fn address_mask() -> u64 {
+    // SAFETY: no arguments that could be wrong. The answer points to random bytes on that stack, or is zero.
+    let stack = unsafe { libc::getauxval(libc::AT_RANDOM) };
+    if stack == 0 { (1 << 48) - 1 } else { u64::MAX >> stack.leading_zeros() }
+}
+
 /// A program that is attached to the system, and what removes it.
 struct Attached {
     program: OwnedFd,
@@ -778,5 +790,22 @@ fn map_data(map: &Map) -> &MapData {
         | Map::HashOfMaps(data)
         | Map::Unsupported(data) => data,
         other => unreachable!("the object has no map of this type: {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No bit too few and none too many: the mask holds all that this process has mapped, and half of it would not.
+    #[test]
+    fn address_mask_fits_the_address_space() {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("own mappings can be read");
+        let last = |line: &str| u64::from_str_radix(line.split(['-', ' ']).nth(1)?, 16).ok().map(|end| end - 1);
+        // x86-64 has a page of the kernel's at the very top.
+        let highest = maps.lines().filter_map(last).filter(|last| last >> 63 == 0).max().expect("a mapping");
+        let mask = address_mask();
+        assert_eq!(mask.count_ones(), mask.trailing_ones());
+        assert_eq!((highest & mask, highest & (mask >> 1) == highest), (highest, false), "{highest:#x} {mask:#x}");
     }
 }
