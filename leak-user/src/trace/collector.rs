@@ -48,8 +48,8 @@ pub enum Notice {
     MapExec { tgid: u32 },
     /// The first thread of a process ended; others may go on.
     LeaderExit { tgid: u32 },
-    /// A process forked, and its child's ledger has begun as a copy of its own.
-    Fork { parent: u32, child: ProcessId },
+    /// A process forked, and its child's ledger has begun as a copy of its own. No child: it has ended already.
+    Fork { parent: u32, child: Option<ProcessId> },
 }
 
 /// What did not come through the ring.
@@ -219,9 +219,11 @@ impl Core {
                 decoded.push(event);
                 if let What::Fork { child, time, .. } = event.what
                     && followed.contains(&event.tgid)
-                    // It may have ended already.
-                    && let Ok(id) = ProcessId::current(child)
                 {
+                    let Ok(id) = ProcessId::current(child) else {
+                        tell(Notice::Fork { parent: event.tgid, child: None });
+                        continue;
+                    };
                     // Before anything else that its parent does, in the order of the ring.
                     ledger.apply_batch(&decoded);
                     decoded.clear();
@@ -230,7 +232,7 @@ impl Core {
                     let entry = Entry::ForkProcess { parent, child, start_time, time };
                     record(recording, recording_error, entry);
                     recording::apply(ledger, entry);
-                    tell(Notice::Fork { parent, child: id });
+                    tell(Notice::Fork { parent, child: Some(id) });
                 }
             }
             ledger.apply_batch(&decoded);
