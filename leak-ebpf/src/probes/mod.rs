@@ -1,5 +1,6 @@
 //! The programs, by what they watch.
 
 mod alloc;
+mod control;
 mod mappings;
 mod process;
