@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+pub use crate::scout::Reason;
+
 /// The value of [`Report::schema`].
 pub const SCHEMA: &str = "leaktrace.report/1";
 
@@ -85,7 +87,7 @@ pub struct Decision {
     pub pid: u32,
     pub comm: String,
     pub what: Decided,
-    pub reason: String,
+    pub reason: Reason,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -237,7 +239,7 @@ pub struct Process {
     pub labels: Labels,
     /// Why it is traced, where leaktrace chose it.
     #[serde(default)]
-    pub reason: Option<String>,
+    pub reason: Option<Reason>,
     pub verdict: Verdict,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,

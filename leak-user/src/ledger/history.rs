@@ -156,6 +156,7 @@ impl History {
 
     /// The same in a child that was forked in window `now`: the blocks are there, with the births that they have, but what they
     /// did is the parent's doing. A verdict is read from what the child does from here on.
+    #[must_use]
     pub fn forked(&self, now: Window) -> Self {
         let mut child = self.clone();
         child.roll(now);

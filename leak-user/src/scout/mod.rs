@@ -8,9 +8,10 @@ pub mod watch;
 
 use std::collections::{HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::detect::ProcessVerdict;
 use crate::process::ProcessId;
-use crate::view::units::bytes;
 
 /// Seconds that memory must have been rising for, one after the other: a fast leak shows soon, a slow one only over longer.
 const WINDOWS: [f64; 2] = [20.0, 60.0];
@@ -50,12 +51,28 @@ pub enum Action {
     Release,
 }
 
-/// What was decided, and why in words.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What was decided, and why.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
     pub id: ProcessId,
     pub action: Action,
-    pub reason: String,
+    pub reason: Reason,
+}
+
+/// Why a process is traced, or is not any more.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Reason {
+    /// Its memory rose by so much in so many seconds, and is still rising.
+    Rising { bytes: u64, seconds: f64 },
+    /// It has been steady for so many seconds.
+    Steady { seconds: f64 },
+    /// That it leaks has been known for so many seconds, and others wait.
+    Settled { seconds: f64 },
+    /// All are traced.
+    All,
+    /// It cannot be traced.
+    Untraceable { error: String },
 }
 
 /// What is known of one process.
@@ -189,8 +206,7 @@ impl Scout {
             let calm =
                 matches!(traced.verdict, ProcessVerdict::Stable | ProcessVerdict::Plateau | ProcessVerdict::Spike);
             if calm && held >= STEADY && rise(&track.samples, WINDOWS[0], time).is_none() {
-                let reason = format!("steady for {held:.0} s");
-                decisions.push(Decision { id, action: Action::Release, reason });
+                decisions.push(Decision { id, action: Action::Release, reason: Reason::Steady { seconds: held } });
                 track.release();
             }
         }
@@ -208,7 +224,7 @@ impl Scout {
         for (id, rise) in waiting.into_iter().take(free) {
             let track = self.tracks.entry(id).or_default();
             track.traced = Some(Traced { verdict: ProcessVerdict::Warming, since: time });
-            let reason = format!("memory rose by {} in {:.0} s, and is still rising", bytes(rise.bytes), rise.seconds);
+            let reason = Reason::Rising { bytes: rise.bytes, seconds: rise.seconds };
             decisions.push(Decision { id, action: Action::Promote, reason });
         }
         decisions
@@ -228,7 +244,7 @@ impl Scout {
             .collect();
         settled.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
         for (since, id) in settled.into_iter().take(waiting - *free) {
-            let reason = format!("it leaks, as is known for {:.0} s, and others wait", time - since);
+            let reason = Reason::Settled { seconds: time - since };
             decisions.push(Decision { id, action: Action::Release, reason });
             if let Some(track) = self.tracks.get_mut(&id) {
                 track.release();

@@ -463,7 +463,7 @@ impl<'a> Run<'a> {
     fn report(&mut self, ended: Option<Ended>) -> Report {
         let (now, now_ns) = self.cut.unwrap_or_else(|| (Instant::now(), monotonic_now()));
         let moment = Moment { now: now_ns, start: self.start_ns };
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |_| true);
         let usage = self.code.usage();
         let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
         let mode = report::Mode {

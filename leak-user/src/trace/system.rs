@@ -11,7 +11,7 @@ use crate::losses::monotonic_now;
 use crate::process::{Process, ProcessId};
 use crate::report::{self, Decided};
 use crate::scout::watch::{Resident, Watch};
-use crate::scout::{Action, Decision, Limits, Scout};
+use crate::scout::{Action, Decision, Limits, Reason, Scout};
 use crate::select::{ProcessFacts, Selection};
 
 /// Between two looks at all processes, if a look is cheap.
@@ -108,12 +108,12 @@ impl System {
         self.next_look = start + LOOK_EVERY.max(start.elapsed() * SHARE);
     }
 
-    fn note(&mut self, time: f64, id: ProcessId, what: Decided, reason: &str) {
+    fn note(&mut self, time: f64, id: ProcessId, what: Decided, reason: Reason) {
         if self.decisions.len() == DECISIONS {
             self.decisions.pop_front();
         }
         let comm = self.known.get(&id).map_or_else(String::new, |known| known.comm.clone());
-        self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason: reason.to_owned() });
+        self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason });
     }
 
     /// What a report says of it, without what is traced.
@@ -181,7 +181,7 @@ impl Run<'_> {
             decisions.extend(std::mem::take(&mut system.new).into_iter().map(|id| Decision {
                 id,
                 action: Action::Promote,
-                reason: "all are traced".to_owned(),
+                reason: Reason::All,
             }));
             for decision in decisions {
                 match decision.action {
@@ -198,7 +198,7 @@ impl Run<'_> {
             return;
         }
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
-        let snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |_| true);
         for target in &self.targets {
             system.scout.verdict(target.id(), snapshot.verdict(target), time);
         }
@@ -212,15 +212,15 @@ impl Run<'_> {
         target.reason = Some(decision.reason.clone());
         match self.attach(target, true) {
             Ok(()) => {
-                log::info!("pid {}: traced, because {}", id.tgid, decision.reason);
+                log::info!("pid {}: traced: {:?}", id.tgid, decision.reason);
                 system.settled.retain(|process| process.pid != id.tgid);
-                system.note(time, id, Decided::Promoted, &decision.reason);
+                system.note(time, id, Decided::Promoted, decision.reason.clone());
             }
             Err(error) => {
                 self.let_go(id);
                 system.scout.refuse(id);
                 if !system.all {
-                    system.note(time, id, Decided::Released, &format!("it cannot be traced: {error:#}"));
+                    system.note(time, id, Decided::Released, Reason::Untraceable { error: format!("{error:#}") });
                 }
                 log::info!("pid {} cannot be traced: {error:#}", id.tgid);
             }
@@ -229,10 +229,10 @@ impl Run<'_> {
 
     fn release(&mut self, system: &mut System, time: f64, decision: &Decision) {
         let id = decision.id;
-        system.note(time, id, Decided::Released, &decision.reason);
+        system.note(time, id, Decided::Released, decision.reason.clone());
         let Some(place) = self.targets.iter().position(|target| target.id() == id) else { return };
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |tgid| tgid == id.tgid);
         let mut target = self.targets.remove(place);
         let process = snapshot.process(&target, self.started, &mut self.symbols);
         if process.verdict == report::Verdict::Leaking {
@@ -243,7 +243,7 @@ impl Run<'_> {
         }
         crate::attach::detach(target.detach());
         self.let_go(id);
-        log::info!("pid {}: released, because {}", id.tgid, decision.reason);
+        log::info!("pid {}: released: {:?}", id.tgid, decision.reason);
     }
 
     /// Forgets all that is known of a process that is not traced any more.

@@ -94,7 +94,7 @@ pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
                 duration(decision.at_s),
                 safe(&decision.comm),
                 decision.pid,
-                safe(&decision.reason)
+                super::words::reason(&decision.reason)
             )));
         }
     }
