@@ -108,6 +108,9 @@ pub mod op {
     /// The same for mallctlbymib, which is given numbers in place of the name.
     pub const CONTROL_BY_MIB: u8 = 14;
 
+    /// No function: a page fault, for a page that the process did not have.
+    pub const FAULT: u8 = 15;
+
     /// All arguments come one later, because the first names a heap (mimalloc's `mi_heap_calloc` and the like).
     pub const SHIFTED: u8 = 0x40;
 
@@ -315,6 +318,16 @@ pub struct MissedFree {
     pub addr: u64,
 }
 const _: () = assert!(size_of::<MissedFree>() == 16);
+
+/// Key of the map of page faults: a process, and the hash of a call stack in which it touched new pages.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageKey {
+    pub tgid: u32,
+    pub reserved: u32,
+    pub stack: u64,
+}
+const _: () = assert!(size_of::<PageKey>() == 16);
 
 /// How the kernel side's jiffies become nanoseconds of `CLOCK_MONOTONIC`: jiffies * tick + offset, modulo 2^64.
 #[repr(C)]

@@ -66,6 +66,34 @@ pub struct System {
     pub processes: Vec<Watched>,
     /// Who was traced or released, and why; the latest last, bounded.
     pub decisions: Vec<Decision>,
+    /// Where processes touch new pages that grow without that a leak in them is known, the fastest growing first.
+    #[serde(default)]
+    pub growing: Vec<NewPages>,
+}
+
+/// Where a process touches new pages, by its page faults; evidence of what it grows by, not an account of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NewPages {
+    pub pid: u32,
+    pub comm: String,
+    /// Growth of its own pages.
+    pub bytes_per_s: f64,
+    /// Faults since it is looked at for this; where many come, one stands for several.
+    pub faults: u64,
+    /// The stacks with the most faults, bounded.
+    pub stacks: Vec<PageStack>,
+}
+
+/// A call stack in which new pages were touched.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PageStack {
+    pub faults: u64,
+    /// Of all faults of the process, 0 to 1.
+    pub share: f64,
+    /// How the stack ended, and why there if it is not complete.
+    pub end: StackEnd,
+    /// Innermost first.
+    pub frames: Vec<Frame>,
 }
 
 /// A process that is watched from afar.

@@ -108,6 +108,62 @@ fn three_of_two_hundred() -> Result<()> {
     Ok(())
 }
 
+/// What the report says of where a process touches new pages.
+fn new_pages(report: &Value, pid: u32) -> Option<&Value> {
+    report["system"]["growing"].as_array()?.iter().find(|growing| growing["pid"] == pid)
+}
+
+/// Of a process that grows it is told where it touches new pages, before it is traced; and on, where no allocator explains it. Of one
+/// whose leak is known the leak is told instead.
+#[test]
+fn where_growth_comes_from() -> Result<()> {
+    let test = "where_growth_comes_from";
+    if !host::can_trace(test) {
+        return Ok(());
+    }
+    if cfg!(not(target_arch = "x86_64")) {
+        eprintln!("{test}: skipped: page faults can be looked at on x86-64 only");
+        return Ok(());
+    }
+    let mut crowd = Crowd::new()?;
+    let arena = crowd.start("arena", "60")?;
+    let leak = crowd.start("leak_slow", "--rate 200000 --block 512")?;
+    let still = crowd.start("leak_slow", "--cache-mb 2 --churn-threads 1 --churn-rate 50")?;
+    let mut running = Leaktrace::new()?
+        .args(["--exe", &crowd.selection(), "--format", "jsonl", "--interval", "1s", "--duration", "150s"])
+        .spawn()?;
+    // Told of before it was traced; told of at all once it is, and for how many reports.
+    let (mut arena_before, mut leak_before, mut arena_after, mut known) = (false, false, 0, 0);
+    let start = Instant::now();
+    let mut last = Value::Null;
+    while !(arena_before && leak_before && arena_after >= 10 && known > 0) {
+        ensure!(start.elapsed() < Duration::from_secs(120), "{}\n{}", last["system"], summary(&last));
+        last = serde_json::from_str(&running.wait_stdout(|line| line.starts_with('{'), PATIENCE)?)?;
+        let promoted = decided(&last, "promoted");
+        ensure!(new_pages(&last, still).is_none(), "{}", last["system"]["growing"]);
+        let has = |pid: u32, function: &str| {
+            let stacks = new_pages(&last, pid).and_then(|pages| pages["stacks"].as_array()).into_iter().flatten();
+            let whole =
+                |stack: &&Value| has_frame(stack, function) && has_frame(stack, "main") || function == "leak_block";
+            stacks.filter(whole).any(|stack| {
+                has_frame(stack, function) && stack["end"] == "complete" && stack["share"].as_f64() > Some(0.6)
+            })
+        };
+        let is_traced = |pid: u32| promoted.contains(&u64::from(pid));
+        arena_before |= !is_traced(arena) && has(arena, "use_page");
+        leak_before |= !is_traced(leak) && has(leak, "leak_block");
+        arena_after += u32::from(is_traced(arena) && has(arena, "use_page"));
+        known +=
+            u32::from(only(&last, leak)["processes"][0]["verdict"] == "leaking" && new_pages(&last, leak).is_none());
+        ensure!(only(&last, arena)["processes"][0]["verdict"] != "leaking", "{}", summary(&last));
+    }
+    eprintln!("after {:?}: {}", start.elapsed(), last["system"]["growing"]);
+    running.signal(libc::SIGINT)?;
+    let outcome = running.finish(PATIENCE)?;
+    ensure!(outcome.code()? == 0, "{}", outcome.stderr);
+    Ok(())
+}
+
 /// Resident bytes and open files of a process.
 fn size(pid: u32) -> Result<(u64, usize)> {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm"))?;

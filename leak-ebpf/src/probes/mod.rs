@@ -3,4 +3,5 @@
 mod alloc;
 mod control;
 mod mappings;
+mod pages;
 mod process;

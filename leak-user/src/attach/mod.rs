@@ -7,6 +7,7 @@ mod close;
 mod elements;
 mod floor;
 mod hold;
+mod pages;
 mod ranges;
 mod sys;
 
@@ -28,6 +29,7 @@ pub use floor::Floor;
 use leak_common::op;
 use leak_common::unwind::Range;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use pages::Pages;
 use ranges::{Ranges, Rows};
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
@@ -142,6 +144,7 @@ fn entry_program(shape: u8) -> &'static str {
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each switches one thing, and they go together in any way")]
 pub struct Settings {
     /// Allocations below this many bytes are not followed.
     pub min_size: u64,
@@ -162,6 +165,8 @@ pub struct Settings {
     pub mapping_hook: Option<MappingHook>,
     /// Whether the start of children is told.
     pub forks: bool,
+    /// Whether page faults may have to be looked at ([`Programs::watch_pages`]).
+    pub pages: bool,
 }
 
 impl Default for Settings {
@@ -176,6 +181,7 @@ impl Default for Settings {
             rows: 2 << 20,
             mapping_hook: None,
             forks: false,
+            pages: false,
         }
     }
 }
@@ -229,6 +235,7 @@ pub struct Programs {
     mapping_hook: MappingHook,
     own_ring: bool,
     tables: bool,
+    pages: Option<Pages>,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -350,6 +357,7 @@ impl Programs {
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
             tables,
+            pages: None,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -361,8 +369,33 @@ impl Programs {
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
             programs.watch_mappings(&objects, btf.as_ref(), only)?;
         }
+        if settings.pages && has_loop {
+            // They are evidence: without them there is less of it.
+            match Pages::load(&objects, &mut programs.ebpf) {
+                Ok(pages) => programs.pages = Some(pages),
+                Err(error) => log::info!("page faults cannot be looked at: {error:#}"),
+            }
+        }
         programs.sync_clock();
         Ok(programs)
+    }
+
+    /// Looks at one of so many page faults of this process from now on, and takes the stacks; false where that cannot be. The
+    /// process has to be told as a target, for its code. No allocator is probed.
+    pub fn watch_pages(&mut self, tgid: u32, every: u32) -> Result<bool> {
+        self.pages.as_mut().map_or(Ok(false), |pages| pages.watch(tgid, every).map(|()| true))
+    }
+
+    /// Looks at its page faults no longer.
+    pub fn forget_pages(&mut self, tgid: u32) {
+        if let Some(pages) = &mut self.pages {
+            pages.forget(tgid);
+        }
+    }
+
+    /// Page faults since the last time: process, hash of the stack, how many.
+    pub fn take_pages(&mut self) -> Vec<(u32, u64, u64)> {
+        self.pages.as_mut().map_or_else(Vec::new, Pages::take)
     }
 
     /// Watches mapping calls by the best means that the kernel has, or by the given one.

@@ -273,6 +273,20 @@ pub fn system() -> Report {
                 reason: Reason::Steady { seconds: 60.0 },
             },
         ],
+        growing: vec![NewPages {
+            pid: 88,
+            comm: "postgres".to_owned(),
+            bytes_per_s: 70_000.0,
+            faults: 120,
+            stacks: vec![PageStack {
+                faults: 96,
+                share: 0.8,
+                end: StackEnd::Complete,
+                frames: ["memset", "palloc0", "ExecInitNode", "main"]
+                    .map(|name| Frame { function: Some(name.to_owned()), ..Frame::default() })
+                    .into(),
+            }],
+        }],
     });
     report
 }

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use leak_common::counter;
 use tokio::sync::mpsc;
 
-use crate::decode::{Event, StackEnd, What, decode};
+use crate::decode::{Event, StackEnd, StackId, What, decode};
 use crate::ledger::Ledger;
 use crate::losses::{Losses, MissedFree, monotonic_now};
 use crate::process::ProcessId;
@@ -41,7 +41,7 @@ const UNFINISHED: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A stack was seen for the first time: take down where its code is while the process lives.
-    Stack { tgid: u32, end: StackEnd, frames: Vec<u64> },
+    Stack { tgid: u32, id: StackId, op: u8, end: StackEnd, frames: Vec<u64> },
     /// A process executed a new program; `tid` is the thread that did.
     Exec { tgid: u32, tid: u32 },
     /// A process mapped code.
@@ -268,7 +268,9 @@ fn record(
 fn notice(event: &Event<'_>) -> Option<Notice> {
     let tgid = event.tgid;
     match event.what {
-        What::Stack { end, frames, .. } => Some(Notice::Stack { tgid, end, frames: frames.iter().collect() }),
+        What::Stack { id, op, end, frames, .. } => {
+            Some(Notice::Stack { tgid, id, op, end, frames: frames.iter().collect() })
+        }
         What::Exec { tid, .. } => Some(Notice::Exec { tgid, tid }),
         What::MapExec { .. } => Some(Notice::MapExec { tgid }),
         What::Exit { tid, .. } if tid == tgid => Some(Notice::LeaderExit { tgid }),

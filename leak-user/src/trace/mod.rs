@@ -8,6 +8,7 @@ mod code;
 mod collector;
 mod follow;
 mod host;
+mod pages;
 mod summary;
 mod system;
 mod target;
@@ -28,6 +29,7 @@ use tokio::time::MissedTickBehavior;
 use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
+use self::pages::Pages;
 use self::summary::{Moment, Snapshot};
 use self::system::System;
 use self::target::{Followed, Target};
@@ -122,6 +124,7 @@ struct Run<'a> {
     ended_children: EndedChildren,
     /// Where all processes of the system are meant.
     system: Option<System>,
+    pages: Pages,
     files: Files,
     symbols: Symbols,
     code: Code,
@@ -167,6 +170,7 @@ impl<'a> Run<'a> {
             max_size: config.max_size,
             mappings: config.resources.mmap,
             forks: config.children,
+            pages: matches!(config.target, What::System { .. }),
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
         };
@@ -189,6 +193,7 @@ impl<'a> Run<'a> {
                 What::System { selection, all } => Some(System::new((**selection).clone(), *all)),
                 What::Pids(_) | What::Command(_) => None,
             },
+            pages: Pages::default(),
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code,
@@ -343,15 +348,25 @@ impl<'a> Run<'a> {
         let mut mapped: Vec<u32> = Vec::new();
         while let Ok(notice) = self.notices.try_recv() {
             match notice {
-                Notice::Stack { tgid, end, frames } => {
-                    if let Some(target) = self.targets.iter().find(|target| target.id().tgid == tgid) {
+                Notice::Stack { tgid, id, op, end, frames } => {
+                    let target = self.targets.iter().find(|target| target.id().tgid == tgid).map(Target::id);
+                    if let Some(process) = target.or_else(|| Some(self.pages.watches(tgid)?.0)) {
                         if let Some(outermost) = frames.last() {
-                            self.code.stack_ended(target.id(), end, *outermost);
+                            self.code.stack_ended(process, end, *outermost);
                         }
-                        self.symbols.note(target.id(), frames);
+                        self.symbols.note(process, frames.iter().copied());
+                    }
+                    if op == leak_common::op::FAULT {
+                        self.pages.stack(tgid, id, end, frames);
                     }
                 }
                 Notice::MapExec { tgid } => {
+                    if let Some((process, through)) = self.pages.watches(tgid)
+                        && !self.targets.iter().any(|target| target.id() == process)
+                    {
+                        self.symbols.mappings_changed(process);
+                        self.refresh_code(process, through);
+                    }
                     if let Some(target) = self.targets.iter().find(|target| target.id().tgid == tgid) {
                         self.symbols.mappings_changed(target.id());
                         if !mapped.contains(&tgid) {
@@ -366,6 +381,13 @@ impl<'a> Run<'a> {
                     }
                 }
                 Notice::Exec { tgid, tid } => {
+                    self.pages.exec(tgid);
+                    if let Some((process, through)) = self.pages.watches(tgid)
+                        && !self.targets.iter().any(|target| target.id() == process)
+                    {
+                        self.symbols.exec(process);
+                        self.refresh_code(process, through);
+                    }
                     if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
                         self.symbols.exec(target.id());
                         if let Err(error) = self.code.refresh(&mut self.programs, target.id(), target.id().tgid) {
@@ -490,9 +512,11 @@ impl<'a> Run<'a> {
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
         report.processes.extend(self.ended_children.leaking.iter().cloned());
-        if let Some(system) = &self.system {
+        if let Some(system) = self.system.take() {
             report.processes.extend(system.settled().cloned());
-            report.system = Some(system.report(&self.targets));
+            let growing = self.report_pages(&system);
+            report.system = Some(report::System { growing, ..system.report(&self.targets) });
+            self.system = Some(system);
         }
         report.ended_processes = self.ended_children.sums.values().cloned().collect();
         report.command = self.describe_command();

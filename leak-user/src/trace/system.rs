@@ -108,11 +108,25 @@ impl System {
         self.next_look = start + LOOK_EVERY.max(start.elapsed() * SHARE);
     }
 
+    /// See [`Scout::unexplained`].
+    pub fn unexplained(&self, time: f64) -> Vec<(ProcessId, f64)> {
+        self.scout.unexplained(time)
+    }
+
+    /// Whether the process is watched, and has not ended.
+    pub fn knows(&self, id: ProcessId) -> bool {
+        self.known.contains_key(&id)
+    }
+
+    pub fn comm(&self, id: ProcessId) -> String {
+        self.known.get(&id).map_or_else(String::new, |known| known.comm.clone())
+    }
+
     fn note(&mut self, time: f64, id: ProcessId, what: Decided, reason: Reason) {
         if self.decisions.len() == DECISIONS {
             self.decisions.pop_front();
         }
-        let comm = self.known.get(&id).map_or_else(String::new, |known| known.comm.clone());
+        let comm = self.comm(id);
         self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason });
     }
 
@@ -144,6 +158,7 @@ impl System {
                 })
                 .collect(),
             decisions: self.decisions.iter().rev().take(LISTED * 2).rev().cloned().collect(),
+            growing: Vec::new(),
         }
     }
 
@@ -189,6 +204,7 @@ impl Run<'_> {
                     Action::Release => self.release(&mut system, time, &decision),
                 }
             }
+            self.tend_pages(&mut system, time);
         }
         self.system = Some(system);
     }
@@ -248,6 +264,8 @@ impl Run<'_> {
 
     /// Forgets all that is known of a process that is not traced any more.
     pub(super) fn let_go(&mut self, id: ProcessId) {
+        self.programs.forget_pages(id.tgid);
+        self.pages.let_go(id);
         self.programs.remove_target(id.tgid);
         self.code.forget(id);
         self.symbols.forget(id);
