@@ -91,6 +91,10 @@ pub static PAGED: HashMap<u32, u32> = HashMap::with_max_entries(64, 0);
 #[map]
 pub static PAGES: HashMap<PageKey, u64> = HashMap::with_max_entries(4096, 0);
 
+/// Processes that were started, or have executed a program, since user space looked last.
+#[map]
+pub static BORN: HashMap<u32, u8> = HashMap::with_max_entries(4096, 0);
+
 /// How jiffies become nanoseconds.
 #[map]
 pub static CLOCK: Array<Clock> = Array::with_max_entries(1, 0);

@@ -1,6 +1,7 @@
 //! The programs, by what they watch.
 
 mod alloc;
+mod births;
 mod control;
 mod mappings;
 mod pages;

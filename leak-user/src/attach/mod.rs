@@ -69,6 +69,10 @@ const PROCESS_PROGRAMS: [(&str, &str); 2] =
 /// The start of processes, which only matters where children are followed.
 const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")];
 
+/// Processes that come, where all are traced from their start.
+const BIRTH_PROGRAMS: [(&str, &str); 2] =
+    [("born_by_exec", "sched_process_exec"), ("born_by_fork", "sched_process_fork")];
+
 /// Threads whose state there is room for beside those of the common slots, where the room is taken in advance: 4,096 of 7.4 KiB are
 /// 30 MiB. Threads beyond that are counted as a loss.
 const PREALLOCATED_THREADS: u32 = 4096;
@@ -165,6 +169,8 @@ pub struct Settings {
     pub mapping_hook: Option<MappingHook>,
     /// Whether the start of children is told.
     pub forks: bool,
+    /// Whether it is told which processes come ([`Programs::take_births`]).
+    pub births: bool,
     /// Whether page faults may have to be looked at ([`Programs::watch_pages`]).
     pub pages: bool,
 }
@@ -181,6 +187,7 @@ impl Default for Settings {
             rows: 2 << 20,
             mapping_hook: None,
             forks: false,
+            births: false,
             pages: false,
         }
     }
@@ -236,6 +243,7 @@ pub struct Programs {
     own_ring: bool,
     tables: bool,
     pages: Option<Pages>,
+    births: Option<BpfHashMap<MapData, u32, u8>>,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -358,6 +366,7 @@ impl Programs {
             own_ring,
             tables,
             pages: None,
+            births: None,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -369,6 +378,10 @@ impl Programs {
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
             programs.watch_mappings(&objects, btf.as_ref(), only)?;
         }
+        if settings.births {
+            programs.attach_tracepoints(&objects, &BIRTH_PROGRAMS)?;
+            programs.births = Some(BpfHashMap::try_from(take_map(&mut programs.ebpf, "BORN")?)?);
+        }
         if settings.pages && has_loop {
             // They are evidence: without them there is less of it.
             match Pages::load(&objects, &mut programs.ebpf) {
@@ -378,6 +391,14 @@ impl Programs {
         }
         programs.sync_clock();
         Ok(programs)
+    }
+
+    /// Processes that were started or have executed a program since the last time; bounded.
+    pub fn take_births(&mut self) -> Vec<u32> {
+        let Some(births) = &mut self.births else { return Vec::new() };
+        let born: Vec<u32> = births.keys().filter_map(Result::ok).collect();
+        // Before anybody looks at them: what happens after that is told anew.
+        born.into_iter().filter(|tgid| births.remove(tgid).is_ok()).collect()
     }
 
     /// Looks at one of so many page faults of this process from now on, and takes the stacks; false where that cannot be. The

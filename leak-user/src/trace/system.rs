@@ -84,14 +84,7 @@ impl System {
             self.watch.ask_again();
         }
         let Self { watch, selection, known, all, new, scout, .. } = self;
-        let look = watch.look(|id| {
-            let Some(process) = wanted(id, selection) else { return false };
-            known.insert(id, process);
-            if *all {
-                new.push(id);
-            }
-            true
-        });
+        let look = watch.look(|id| choose(id, selection, known, all.then_some(new)));
         for (id, resident) in look.resident {
             scout.sample(id, time, resident.own);
             if let Some(known) = known.get_mut(&id) {
@@ -106,6 +99,14 @@ impl System {
             known.remove(&id);
         }
         self.next_look = start + LOOK_EVERY.max(start.elapsed() * SHARE);
+    }
+
+    /// These processes were started, or have executed a program; only with `all`.
+    fn born(&mut self, born: Vec<u32>) {
+        let Self { watch, selection, known, new, .. } = self;
+        for pid in born {
+            watch.born(pid, |id| choose(id, selection, known, Some(&mut *new)));
+        }
     }
 
     /// See [`Scout::unexplained`].
@@ -168,6 +169,21 @@ impl System {
     }
 }
 
+/// Whether this process is selected; notes it if so, also among the new ones.
+fn choose(
+    id: ProcessId,
+    selection: &Selection,
+    known: &mut HashMap<ProcessId, Known>,
+    new: Option<&mut Vec<ProcessId>>,
+) -> bool {
+    let Some(process) = wanted(id, selection) else { return false };
+    known.insert(id, process);
+    if let Some(new) = new {
+        new.push(id);
+    }
+    true
+}
+
 /// What is known of this process if it is selected.
 fn wanted(id: ProcessId, selection: &Selection) -> Option<Known> {
     let process = Process::open(id.tgid).ok().filter(|process| process.id == id)?;
@@ -186,18 +202,17 @@ impl Run<'_> {
     pub(super) fn tend_system(&mut self) {
         let Some(mut system) = self.system.take() else { return };
         let time = self.started.elapsed().as_secs_f64();
+        system.born(self.programs.take_births());
+        for id in std::mem::take(&mut system.new) {
+            self.promote(&mut system, time, &Decision { id, action: Action::Promote, reason: Reason::All });
+        }
         if Instant::now() >= system.next_look {
             system.look(time);
             if system.judged.elapsed() >= JUDGE_EVERY {
                 system.judged = Instant::now();
                 self.judge(&mut system, time);
             }
-            let mut decisions = if system.all { Vec::new() } else { system.scout.decide(time) };
-            decisions.extend(std::mem::take(&mut system.new).into_iter().map(|id| Decision {
-                id,
-                action: Action::Promote,
-                reason: Reason::All,
-            }));
+            let decisions = if system.all { Vec::new() } else { system.scout.decide(time) };
             for decision in decisions {
                 match decision.action {
                     Action::Promote => self.promote(&mut system, time, &decision),
