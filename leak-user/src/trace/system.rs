@@ -16,7 +16,8 @@ use crate::select::{ProcessFacts, Selection};
 
 /// Between two looks at all processes, if a look is cheap.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A look takes at most one part in so many of the time.
+/// A look takes at most one part in so many of the time, by the processor time that it takes: on a busy machine it waits for its turn,
+/// and fewer looks would not make that shorter.
 const SHARE: u32 = 150;
 /// Between two judgements of what is traced.
 const JUDGE_EVERY: Duration = Duration::from_secs(5);
@@ -78,7 +79,7 @@ impl System {
 
     /// Looks at all processes, `time` seconds after the start.
     fn look(&mut self, time: f64) {
-        let start = Instant::now();
+        let (start, used) = (Instant::now(), processor_time());
         if self.asked.elapsed() >= ASK_AGAIN_EVERY {
             self.asked = start;
             self.watch.ask_again();
@@ -98,7 +99,7 @@ impl System {
             scout.forget(id);
             known.remove(&id);
         }
-        self.next_look = start + LOOK_EVERY.max(start.elapsed() * SHARE);
+        self.next_look = start + LOOK_EVERY.max(processor_time().saturating_sub(used) * SHARE);
     }
 
     /// These processes were started, or have executed a program; only with `all`.
@@ -167,6 +168,13 @@ impl System {
     pub fn settled(&self) -> impl Iterator<Item = &report::Process> {
         self.settled.iter()
     }
+}
+
+/// That this thread has used.
+fn processor_time() -> Duration {
+    use nix::time::{ClockId, clock_gettime};
+    // It cannot fail for the thread itself; without it looks would come each second.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Whether this process is selected; notes it if so, also among the new ones.
