@@ -6,7 +6,7 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
 use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
 use leak_common::unwind::{Range, Target};
-use leak_common::{Clock, MissedFree, counter};
+use leak_common::{Clock, MissedFree, PageKey, counter};
 
 use crate::thread::Thread;
 
@@ -82,6 +82,18 @@ pub static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 /// Addresses whose free found the ring full, with the time of the free.
 #[map]
 pub static MISSED: HashMap<MissedFree, u64> = HashMap::with_max_entries(65_536, 0);
+
+/// Processes whose page faults are looked at, and of how many one is.
+#[map]
+pub static PAGED: HashMap<u32, u32> = HashMap::with_max_entries(64, 0);
+
+/// Faults by process and stack, as many as those that were looked at stand for. Emptied by user space each second.
+#[map]
+pub static PAGES: HashMap<PageKey, u64> = HashMap::with_max_entries(4096, 0);
+
+/// Processes that were started, or have executed a program, since user space looked last.
+#[map]
+pub static BORN: HashMap<u32, u8> = HashMap::with_max_entries(4096, 0);
 
 /// How jiffies become nanoseconds.
 #[map]

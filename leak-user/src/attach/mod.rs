@@ -7,6 +7,7 @@ mod close;
 mod elements;
 mod floor;
 mod hold;
+mod pages;
 mod ranges;
 mod sys;
 
@@ -28,6 +29,7 @@ pub use floor::Floor;
 use leak_common::op;
 use leak_common::unwind::Range;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use pages::Pages;
 use ranges::{Ranges, Rows};
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
@@ -66,6 +68,10 @@ const PROCESS_PROGRAMS: [(&str, &str); 2] =
 
 /// The start of processes, which only matters where children are followed.
 const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")];
+
+/// Processes that come, where all are traced from their start.
+const BIRTH_PROGRAMS: [(&str, &str); 2] =
+    [("born_by_exec", "sched_process_exec"), ("born_by_fork", "sched_process_fork")];
 
 /// Threads whose state there is room for beside those of the common slots, where the room is taken in advance: 4,096 of 7.4 KiB are
 /// 30 MiB. Threads beyond that are counted as a loss.
@@ -127,6 +133,8 @@ fn entry_program(shape: u8) -> &'static str {
         op::POSIX_MEMALIGN => "enter_posix",
         op::FREE => "enter_free",
         op::FREE_UNNAMED => "enter_free_unnamed",
+        op::CONTROL => "enter_control",
+        op::CONTROL_BY_MIB => "enter_control_by_mib",
         op::XALLOCX => "enter_xallocx",
         op::REALLOCF => "enter_reallocf",
         op::RUST_REALLOC => "enter_rust_realloc",
@@ -140,6 +148,7 @@ fn entry_program(shape: u8) -> &'static str {
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each switches one thing, and they go together in any way")]
 pub struct Settings {
     /// Allocations below this many bytes are not followed.
     pub min_size: u64,
@@ -160,6 +169,10 @@ pub struct Settings {
     pub mapping_hook: Option<MappingHook>,
     /// Whether the start of children is told.
     pub forks: bool,
+    /// Whether it is told which processes come ([`Programs::take_births`]).
+    pub births: bool,
+    /// Whether page faults may have to be looked at ([`Programs::watch_pages`]).
+    pub pages: bool,
 }
 
 impl Default for Settings {
@@ -174,6 +187,8 @@ impl Default for Settings {
             rows: 2 << 20,
             mapping_hook: None,
             forks: false,
+            births: false,
+            pages: false,
         }
     }
 }
@@ -227,6 +242,8 @@ pub struct Programs {
     mapping_hook: MappingHook,
     own_ring: bool,
     tables: bool,
+    pages: Option<Pages>,
+    births: Option<BpfHashMap<MapData, u32, u8>>,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -351,6 +368,8 @@ impl Programs {
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
             tables,
+            pages: None,
+            births: None,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -362,8 +381,45 @@ impl Programs {
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
             programs.watch_mappings(&objects, btf.as_ref(), only)?;
         }
+        if settings.births {
+            programs.attach_tracepoints(&objects, &BIRTH_PROGRAMS)?;
+            programs.births = Some(BpfHashMap::try_from(take_map(&mut programs.ebpf, "BORN")?)?);
+        }
+        if settings.pages && has_loop {
+            // They are evidence: without them there is less of it.
+            match Pages::load(&objects, &mut programs.ebpf) {
+                Ok(pages) => programs.pages = Some(pages),
+                Err(error) => log::info!("page faults cannot be looked at: {error:#}"),
+            }
+        }
         programs.sync_clock();
         Ok(programs)
+    }
+
+    /// Processes that were started or have executed a program since the last time; bounded.
+    pub fn take_births(&mut self) -> Vec<u32> {
+        let Some(births) = &mut self.births else { return Vec::new() };
+        let born: Vec<u32> = births.keys().filter_map(Result::ok).collect();
+        // Before anybody looks at them: what happens after that is told anew.
+        born.into_iter().filter(|tgid| births.remove(tgid).is_ok()).collect()
+    }
+
+    /// Looks at one of so many page faults of this process from now on, and takes the stacks; false where that cannot be. The
+    /// process has to be told as a target, for its code. No allocator is probed.
+    pub fn watch_pages(&mut self, tgid: u32, every: u32) -> Result<bool> {
+        self.pages.as_mut().map_or(Ok(false), |pages| pages.watch(tgid, every).map(|()| true))
+    }
+
+    /// Looks at its page faults no longer.
+    pub fn forget_pages(&mut self, tgid: u32) {
+        if let Some(pages) = &mut self.pages {
+            pages.forget(tgid);
+        }
+    }
+
+    /// Page faults since the last time: process, hash of the stack, how many.
+    pub fn take_pages(&mut self) -> Vec<(u32, u64, u64)> {
+        self.pages.as_mut().map_or_else(Vec::new, Pages::take)
     }
 
     /// Watches mapping calls by the best means that the kernel has, or by the given one.
@@ -764,6 +820,8 @@ fn load_uprobes(objects: &Objects, kind: UprobeKind) -> Result<HashMap<&'static 
             "enter_posix",
             "enter_free",
             "enter_free_unnamed",
+            "enter_control",
+            "enter_control_by_mib",
             "enter_xallocx",
             "enter_reallocf",
             "enter_rust_realloc",
