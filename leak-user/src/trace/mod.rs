@@ -57,7 +57,7 @@ const TICK: Duration = Duration::from_millis(50);
 
 /// What `--all` costs, for those who ask for it; the figures are those of the README (a virtual machine).
 const COST_OF_ALL: &str = "all selected processes are traced: each call of malloc with its free takes them about 2 microseconds \
-    longer; other processes pay nothing. What a new process allocates in its first tenth of a second is not seen. Without --all only \
+    longer; other processes pay nothing. What a new process allocates in its first tenths of a second is not seen. Without --all only \
     those that keep growing are traced";
 
 /// How a run ended, for the exit status.
