@@ -241,9 +241,17 @@ pub struct Process {
     pub verdict: Verdict,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,
+    /// Mean bytes between samples at the time of the report; `null`: every allocation is followed.
+    #[serde(default)]
+    pub interval_bytes: Option<u64>,
     /// Bytes allocated while traced and not freed.
     pub live_bytes: u64,
     pub live_count: u64,
+    /// 95 % intervals of the two, where some of it is estimated from samples.
+    #[serde(default)]
+    pub live_bytes_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub live_count_ci95: Option<[u64; 2]>,
     pub rss: Rss,
     /// Growth of the growing stacks over the growth of RSS; `null` where RSS does not grow or no stack does.
     pub explained_growth_ratio: Option<f64>,
@@ -324,6 +332,15 @@ pub struct Stack {
     pub allocated_bytes: u64,
     /// Bytes of these that were freed again.
     pub freed_bytes: u64,
+    /// 95 % intervals of these four, where they are estimated from samples.
+    #[serde(default)]
+    pub live_bytes_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub live_count_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub allocated_bytes_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub freed_bytes_ci95: Option<[u64; 2]>,
     /// Age of the oldest live block, seconds.
     pub oldest_age_s: Option<f64>,
     pub growth: Growth,

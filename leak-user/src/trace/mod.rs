@@ -8,6 +8,7 @@ mod code;
 mod collector;
 mod follow;
 mod host;
+mod sampler;
 mod summary;
 mod system;
 mod target;
@@ -19,6 +20,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use leak_common::sampling::Interval;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,12 +30,13 @@ use tokio::time::MissedTickBehavior;
 use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
+use self::sampler::Sampler;
 use self::summary::{Moment, Snapshot};
 use self::system::System;
 use self::target::{Followed, Target};
 use crate::attach::{MappingHook, Programs, Settings, StackWalk, UprobeKind};
 use crate::cli::Feature;
-use crate::config::{Config, Target as What, Unwind};
+use crate::config::{Config, Sampling, Target as What, Unwind};
 use crate::discover::Files;
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
@@ -125,6 +128,7 @@ struct Run<'a> {
     files: Files,
     symbols: Symbols,
     code: Code,
+    sampler: Sampler,
     command: Option<Spawned>,
     host: report::Host,
     started_at: jiff::Timestamp,
@@ -169,6 +173,7 @@ impl<'a> Run<'a> {
             forks: config.children,
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
+            ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
         let ring = Ring::take(&mut programs)?;
@@ -192,6 +197,7 @@ impl<'a> Run<'a> {
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code,
+            sampler: Sampler::default(),
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
@@ -230,6 +236,9 @@ impl<'a> Run<'a> {
         }
         self.refresh_code(id, target.process.through());
         self.programs.add_target(id.tgid)?;
+        if let Sampling::Every(interval) = self.config.sampling {
+            self.sampler.set(&self.programs, id.tgid, interval);
+        }
         let attached = self.attach_allocators(&mut target, required);
         if target.notice_end() {
             // It ended while it was being attached to: the report says so.
@@ -304,6 +313,7 @@ impl<'a> Run<'a> {
             self.take_notices();
             self.follow_threads(false);
             self.tend_system();
+            self.sampler.tend(&self.programs, &self.collector);
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
@@ -365,7 +375,8 @@ impl<'a> Run<'a> {
                         target.leader_ended = true;
                     }
                 }
-                Notice::Exec { tgid, tid } => {
+                Notice::Exec { tgid, tid, time } => {
+                    self.sampler.exec(&self.programs, tgid, time);
                     if let Some(target) = self.targets.iter_mut().find(|target| target.id().tgid == tgid) {
                         self.symbols.exec(target.id());
                         if let Err(error) = self.code.refresh(&mut self.programs, target.id(), target.id().tgid) {
@@ -466,9 +477,14 @@ impl<'a> Run<'a> {
         let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
         let usage = self.code.usage();
         let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
+        let interval = match self.config.sampling {
+            Sampling::Exact => Interval::EXACT,
+            Sampling::Auto => self.sampler.longest(),
+            Sampling::Every(interval) => interval,
+        };
         let mode = report::Mode {
-            sampling: report::Sampling::Exact,
-            interval_bytes: None,
+            sampling: if interval.is_exact() { report::Sampling::Exact } else { report::Sampling::Bytes },
+            interval_bytes: (!interval.is_exact()).then(|| interval.bytes()),
             unwinder: if self.code.has_tables() { report::Unwinder::Tables } else { report::Unwinder::Fp },
             unwind_table_bytes: usage.map(|usage| bytes(usage.rows)),
             unwind_memory_bytes: usage.map(|usage| bytes(usage.capacity)),
@@ -489,6 +505,10 @@ impl<'a> Run<'a> {
         }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
+        for process in &mut report.processes {
+            let interval = self.sampler.interval(process.pid);
+            process.interval_bytes = (!interval.is_exact()).then(|| interval.bytes());
+        }
         report.processes.extend(self.ended_children.leaking.iter().cloned());
         if let Some(system) = &self.system {
             report.processes.extend(system.settled().cloned());

@@ -249,6 +249,7 @@ impl Run<'_> {
     /// Forgets all that is known of a process that is not traced any more.
     pub(super) fn let_go(&mut self, id: ProcessId) {
         self.programs.remove_target(id.tgid);
+        self.sampler.forget(&self.programs, id.tgid);
         self.code.forget(id);
         self.symbols.forget(id);
         self.collector.core().forget(id.tgid);
