@@ -10,7 +10,8 @@ use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
 use leak_common::counter;
 use leak_common::sampling::{Interval, Sampling};
 
-use crate::maps::{OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, count, sampling_at, sampling_of};
+use crate::maps::{OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, count, has_loop, sampling_at, sampling_of};
+use crate::returns;
 use crate::stack::Walk;
 
 /// After this long a call in flight is taken as abandoned. Without it, one that never returned would make every deeper
@@ -230,7 +231,13 @@ impl Thread {
         }
         // Of the call whose return nobody waits for: as long as it lasts its return address stands where it was. Whatever its
         // caller calls next puts another one there.
-        self.skipped_sp != 0 && sp < self.skipped_sp && caller(self.skipped_sp) == self.skipped_caller
+        if self.skipped_sp == 0 || sp >= self.skipped_sp {
+            return false;
+        }
+        // Somebody else may wait for it, so that a trampoline stands there: another tracer, or a link of ours for another process,
+        // which the kernel asks too and takes the silence of for a wish to see the return.
+        caller(self.skipped_sp) == self.skipped_caller
+            || (has_loop() && returns::pending(self.skipped_sp) == self.skipped_caller)
     }
 
     /// How the thread's process is sampled.
