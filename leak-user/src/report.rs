@@ -247,7 +247,8 @@ pub struct Process {
     /// Bytes allocated while traced and not freed.
     pub live_bytes: u64,
     pub live_count: u64,
-    /// 95 % intervals of the two, where some of it is estimated from samples.
+    /// 95 % intervals of the two, where some of it is estimated from samples. That of the count is too narrow where most blocks are
+    /// so small (a hundredth of the interval) that few of them were seen.
     #[serde(default)]
     pub live_bytes_ci95: Option<[u64; 2]>,
     #[serde(default)]
@@ -559,10 +560,34 @@ mod tests {
         }
     }
 
+    /// What is estimated has its interval under keys of its own, and what is not has null there.
+    #[test]
+    fn keys_of_estimates() {
+        let [exact, sampled] =
+            [sample::leaking(), sample::sampled()].map(|report| serde_json::to_value(report).unwrap());
+        assert_eq!(
+            (&sampled["mode"]["sampling"], &sampled["mode"]["interval_bytes"]),
+            (&"bytes".into(), &524_288.into())
+        );
+        assert_eq!(sampled["processes"][0]["interval_bytes"], 524_288);
+        assert_eq!(exact["processes"][0]["interval_bytes"], Value::Null);
+        let numbers = ["live_bytes", "live_count", "allocated_bytes", "freed_bytes"];
+        let of = |report: &Value, key: &str| {
+            let process = &report["processes"][0];
+            let all = [process, &process["stacks"][0]].map(|part| part.get(key).cloned());
+            all.into_iter().flatten().collect::<Vec<_>>()
+        };
+        for key in numbers.map(|number| format!("{number}_ci95")) {
+            let (of_exact, of_sampled) = (of(&exact, &key), of(&sampled, &key));
+            assert!(!of_exact.is_empty() && of_exact.iter().all(Value::is_null), "{key}");
+            assert!(of_sampled.iter().all(|interval| interval.as_array().is_some_and(|ends| ends.len() == 2)), "{key}");
+        }
+    }
+
     /// A report survives being written and read again, and what is unknown stays unknown.
     #[test]
     fn round_trip() {
-        for report in [sample::leaking(), sample::steady(), sample::warming()] {
+        for report in [sample::leaking(), sample::steady(), sample::warming(), sample::sampled()] {
             let text = serde_json::to_string(&report).unwrap();
             assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
         }

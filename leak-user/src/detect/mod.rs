@@ -53,6 +53,8 @@ pub use stack::{Evidence, Growth, Judgement, MIN_WATCH, Verdict, judge};
 pub use stats::around;
 
 #[cfg(test)]
-mod simulation;
+mod sampled_tests;
+#[cfg(test)]
+pub(crate) mod simulation;
 #[cfg(test)]
 mod tests;

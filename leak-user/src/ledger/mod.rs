@@ -24,6 +24,8 @@ mod stacks;
 mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod unbiased;
 
 use std::collections::HashMap;
 
@@ -32,6 +34,8 @@ use heap::{Allocated, Resized};
 use history::Window;
 pub use process::ProcessLedger;
 use ranges::Remapped;
+#[cfg(test)]
+pub(crate) use sampled::Weight;
 pub use sampled::{Sampled, SampledTotals};
 use stacks::{Cap, Class, DISTRUSTED, Room, SentStack, Stacks};
 pub use stacks::{Resource, Stack, Total};

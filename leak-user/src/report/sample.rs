@@ -213,6 +213,25 @@ pub fn leaking() -> Report {
     report
 }
 
+/// The leak, of which only samples were seen.
+pub fn sampled() -> Report {
+    let mut report = leaking();
+    report.mode.sampling = Sampling::Bytes;
+    report.mode.interval_bytes = Some(512 << 10);
+    let about = |n: u64, part: u64| Some([n - n / part, n + n / part]);
+    let process = &mut report.processes[0];
+    process.interval_bytes = Some(512 << 10);
+    process.live_bytes_ci95 = about(process.live_bytes, 8);
+    process.live_count_ci95 = about(process.live_count, 6);
+    for stack in &mut process.stacks {
+        stack.live_bytes_ci95 = about(stack.live_bytes, 5);
+        stack.live_count_ci95 = about(stack.live_count, 4);
+        stack.allocated_bytes_ci95 = about(stack.allocated_bytes, 5);
+        stack.freed_bytes_ci95 = about(stack.freed_bytes, 5);
+    }
+    report
+}
+
 /// Much memory, none of it growing.
 pub fn steady() -> Report {
     let mut process = process(Verdict::Stable);
