@@ -44,6 +44,8 @@ pub struct Config {
     /// Growing stacks to list for each process, at least 1.
     pub top: usize,
     pub sampling: Sampling,
+    /// What comes after it, one at each SIGUSR1.
+    pub resample: Vec<Sampling>,
     /// Bytes; smaller allocations are left out in the kernel.
     pub min_size: u64,
     /// Bytes; larger allocations are left out in the kernel. Not below `min_size`.
@@ -87,6 +89,17 @@ pub enum Sampling {
     Exact,
     /// One in so many bytes, on average.
     Every(Interval),
+}
+
+impl Sampling {
+    /// The interval that every process is sampled with; `None` where that is for each to be chosen.
+    pub fn interval(self) -> Option<Interval> {
+        match self {
+            Self::Auto => None,
+            Self::Exact => Some(Interval::EXACT),
+            Self::Every(interval) => Some(interval),
+        }
+    }
 }
 
 /// How call stacks are taken.
@@ -154,6 +167,7 @@ impl Config {
         if let Some(percent) = &flags.max_overhead {
             return Err(max_overhead(percent));
         }
+        let resample = flags.resample.iter().map(|value| sampling(value)).collect::<Result<_, _>>()?;
         let sampling = sampling(&flags.sample)?;
         let output = flags.output.map(|path| file("--output", path)).transpose()?;
         let record = flags.record.map(|path| file("--record", path)).transpose()?;
@@ -168,6 +182,7 @@ impl Config {
             output,
             top: top(&flags.top)?,
             sampling,
+            resample,
             min_size: min_size.unwrap_or(0),
             max_size: max_size.unwrap_or(u64::MAX),
             older_than: flags
@@ -403,6 +418,7 @@ mod tests {
                 output: None,
                 top: 10,
                 sampling: Sampling::Auto,
+                resample: Vec::new(),
                 min_size: 0,
                 max_size: u64::MAX,
                 older_than: Duration::ZERO,

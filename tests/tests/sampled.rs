@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use leaktrace_tests::host::can_trace;
-use leaktrace_tests::{Fixture, Program, Session, has_frame, site, stacks, summary};
+use leaktrace_tests::{Fixture, Program, Session, has_frame, patience, site, stacks, summary};
 use serde_json::Value;
 
 /// Ways to attach: the best, and one of older kernels. With links for single places detaching alone takes seconds.
@@ -202,4 +202,63 @@ fn what_allocators_map_beside_other_processes() -> Result<()> {
     ensure!(stacks(&report).count() >= 2, "{}", summary(&report));
     ensure!(stacks(&report).all(|stack| stack["resource"] == "heap"), "{}", summary(&report));
     ensure_estimate(&report, "leak_via_malloc", "live_bytes", 7_000_000.0, deviation(4096.0, 10_000, 700))
+}
+
+/// From exact to sampled, on to a longer interval, and back, while a program allocates, resizes and frees: what was there before a change
+/// is freed after it as if nothing had been, nothing grows out of it, and the totals stay right.
+#[test]
+fn changes_while_it_runs() -> Result<()> {
+    if !can_trace("changes_while_it_runs") {
+        return Ok(());
+    }
+    let interval = 4096.0;
+    let mut fixture = Fixture::start("allocators")?;
+    let args = ["--sample", "exact", "--resample", "1K,4K,exact,4K", "--resource", "heap"];
+    let mut session = Session::start(&[fixture.pid()], &args)?;
+    // Which interval it is in, and what is known of it: a signal is acted on within a moment.
+    let change = |session: &mut Session, to: Value| -> Result<()> {
+        session.running().signal(libc::SIGUSR1)?;
+        session.next_report(|report| report["processes"][0]["interval_bytes"] == to, patience())?;
+        // The report after the next one: frees are filtered a quarter of a second after the change.
+        for _ in 0..4 {
+            session.next_report(|_| true, patience())?;
+        }
+        Ok(())
+    };
+    let round = |fixture: &mut Fixture| -> Result<()> {
+        for command in ["leak malloc 2500 300", "churn malloc 3000 300", "churn realloc 2000 500", "grow 300 100 3000"]
+        {
+            fixture.tell(command)?;
+        }
+        Ok(())
+    };
+    round(&mut fixture)?;
+    change(&mut session, 1024.into())?;
+    // Blocks from before it.
+    fixture.tell("release malloc 2000")?;
+    round(&mut fixture)?;
+    change(&mut session, 4096.into())?;
+    fixture.tell("release malloc 2000")?;
+    round(&mut fixture)?;
+    change(&mut session, Value::Null)?;
+    fixture.tell("release malloc 2000")?;
+    round(&mut fixture)?;
+    change(&mut session, 4096.into())?;
+    fixture.tell("release malloc 2000")?;
+    round(&mut fixture)?;
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    ensure!(report["losses"] == serde_json::json!({}), "something was lost\n{}", summary(&report));
+    for function in ["leak_via_malloc", "realloc_grow"] {
+        let (bytes, count) = site(&truth, function);
+        ensure_estimate(&report, function, "live_bytes", bytes as f64, deviation(interval, count, bytes / count))?;
+    }
+    // Nothing that was freed is left over, whenever it was allocated.
+    for function in ["balanced_via_malloc", "balanced_via_realloc"] {
+        ensure!(sum(&report, function, "live_bytes") == 0.0, "{function}\n{}", summary(&report));
+    }
+    let truth_of_all = 5.0 * 3000.0 * 300.0;
+    ensure_estimate(&report, "balanced_via_malloc", "freed_bytes", truth_of_all, deviation(interval, 9000, 300))?;
+    ensure!(report["processes"][0]["verdict"] != "leaking", "{}", summary(&report));
+    Ok(())
 }

@@ -178,8 +178,9 @@ fn check(stream: &Stream, counts: bool) {
             "{}: {name}: off by {of_200:+.4} in 200 runs, {of_all:+.4} in all, covered {coverage:.3}",
             stream.name
         );
-        assert!(of_all.abs() < 0.005, "{}, {name}: {of_all}", stream.name);
-        if counts || name.ends_with("bytes") {
+        let steady = counts || name.ends_with("bytes");
+        assert!(of_all.abs() < if steady { 0.005 } else { 0.02 }, "{}, {name}: {of_all}", stream.name);
+        if steady {
             assert!(of_200.abs() < 0.01, "{}, {name}: {of_200}", stream.name);
             assert!((0.93..=0.97).contains(&coverage), "{}, {name}: coverage {coverage}", stream.name);
         }

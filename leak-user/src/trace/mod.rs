@@ -17,10 +17,11 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
-use leak_common::sampling::Interval;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -71,8 +72,9 @@ pub async fn run(config: &Config) -> Result<Finished> {
     let mut output = Output::open(config)?;
     let recording = config.record.as_deref().map(open_recording).transpose()?;
     let stop = watch_signals()?;
+    let resampled = watch_resampling(config)?;
     let mut run = Run::start(config, recording)?;
-    let result = run.until_the_end(&mut output, stop).await;
+    let result = run.until_the_end(&mut output, stop, &resampled).await;
     // Also when the loop failed: the probes first, so that the target is free while the last report is made.
     run.detach();
     let ended = result?;
@@ -115,6 +117,21 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
     Ok(receiver)
 }
 
+/// How often SIGUSR1 has come, where that has a meaning.
+fn watch_resampling(config: &Config) -> Result<Arc<AtomicUsize>> {
+    let count = Arc::new(AtomicUsize::new(0));
+    if !config.resample.is_empty() {
+        let mut signals = signal(SignalKind::user_defined1())?;
+        let count = Arc::clone(&count);
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    Ok(count)
+}
+
 /// What is running.
 struct Run<'a> {
     config: &'a Config,
@@ -129,6 +146,9 @@ struct Run<'a> {
     symbols: Symbols,
     code: Code,
     sampler: Sampler,
+    sampling: Sampling,
+    /// How many of [`Config::resample`] have been gone on to.
+    resampled: usize,
     command: Option<Spawned>,
     host: report::Host,
     started_at: jiff::Timestamp,
@@ -198,6 +218,8 @@ impl<'a> Run<'a> {
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code,
             sampler: Sampler::default(),
+            sampling: config.sampling,
+            resampled: 0,
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
@@ -236,7 +258,7 @@ impl<'a> Run<'a> {
         }
         self.refresh_code(id, target.process.through());
         self.programs.add_target(id.tgid)?;
-        if let Sampling::Every(interval) = self.config.sampling {
+        if let Some(interval) = self.sampling.interval().filter(|interval| !interval.is_exact()) {
             self.sampler.set(&self.programs, id.tgid, interval);
         }
         let attached = self.attach_allocators(&mut target, required);
@@ -292,7 +314,12 @@ impl<'a> Run<'a> {
     }
 
     /// Follows the targets until there is a reason to end.
-    async fn until_the_end(&mut self, output: &mut Output, mut stop: watch::Receiver<bool>) -> Result<Ended> {
+    async fn until_the_end(
+        &mut self,
+        output: &mut Output,
+        mut stop: watch::Receiver<bool>,
+        resampled: &AtomicUsize,
+    ) -> Result<Ended> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let (mut sampled, mut swept) = (Instant::now(), Instant::now());
@@ -313,6 +340,7 @@ impl<'a> Run<'a> {
             self.take_notices();
             self.follow_threads(false);
             self.tend_system();
+            self.resample(resampled.swap(0, Ordering::Relaxed));
             self.sampler.tend(&self.programs, &self.collector);
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
@@ -344,6 +372,20 @@ impl<'a> Run<'a> {
             }
             if self.config.duration.is_some_and(|duration| self.started.elapsed() >= duration) {
                 return Ok(Ended::Duration);
+            }
+        }
+    }
+
+    /// Goes on to what all processes are to be sampled with after this.
+    fn resample(&mut self, times: usize) {
+        for _ in 0..times {
+            let Some(next) = self.config.resample.get(self.resampled).copied() else { return };
+            self.resampled += 1;
+            self.sampling = next;
+            if let Some(interval) = next.interval() {
+                for target in &self.targets {
+                    self.sampler.set(&self.programs, target.id().tgid, interval);
+                }
             }
         }
     }
@@ -477,11 +519,7 @@ impl<'a> Run<'a> {
         let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
         let usage = self.code.usage();
         let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
-        let interval = match self.config.sampling {
-            Sampling::Exact => Interval::EXACT,
-            Sampling::Auto => self.sampler.longest(),
-            Sampling::Every(interval) => interval,
-        };
+        let interval = self.sampling.interval().unwrap_or_else(|| self.sampler.longest());
         let mode = report::Mode {
             sampling: if interval.is_exact() { report::Sampling::Exact } else { report::Sampling::Bytes },
             interval_bytes: (!interval.is_exact()).then(|| interval.bytes()),
