@@ -50,7 +50,7 @@ fn estimates_are_right() -> Result<()> {
         return Ok(());
     }
     let interval = 4096.0;
-    for kind in KINDS {
+    for kind in KINDS.into_iter().chain(["multi,loop"]) {
         let mut fixture = Fixture::start("allocators")?;
         let session = Session::start(&[fixture.pid()], &[&["--sample", "4K"][..], &without(kind)].concat())?;
         for command in [
