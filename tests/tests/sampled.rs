@@ -2,8 +2,8 @@
 //! standard deviations, which are computed from what the fixture did, are met by chance once in two million.
 
 use anyhow::{Context as _, Result, ensure};
-use leaktrace_tests::host::can_trace;
-use leaktrace_tests::{Fixture, Program, Session, has_frame, patience, site, stacks, summary};
+use leaktrace_tests::host::{breakpoints, can_trace, wait_until};
+use leaktrace_tests::{Fixture, Program, Session, has_frame, only, patience, site, stacks, summary};
 use serde_json::Value;
 
 /// Ways to attach: the best, and one of older kernels. With links for single places detaching alone takes seconds.
@@ -260,5 +260,48 @@ fn changes_while_it_runs() -> Result<()> {
     let truth_of_all = 5.0 * 3000.0 * 300.0;
     ensure_estimate(&report, "balanced_via_malloc", "freed_bytes", truth_of_all, deviation(interval, 9000, 300))?;
     ensure!(report["processes"][0]["verdict"] != "leaking", "{}", summary(&report));
+    Ok(())
+}
+
+/// A child frees the blocks that it has of its parent as any others, whether those were sampled or not; and what a new program allocates
+/// is told from what the one before left at the same addresses.
+#[test]
+fn children_and_new_programs() -> Result<()> {
+    if !can_trace("children_and_new_programs") {
+        return Ok(());
+    }
+    let interval = 1024.0;
+    let mut fixture = Fixture::start("lifecycle")?;
+    let pid = fixture.pid();
+    let mut session = Session::start(&[pid], &["--sample", "1K", "--children"])?;
+    fixture.tell("leak 4000 100")?;
+    let child: u32 = fixture.tell("branch")?.parse()?;
+    let is_sampled = |report: &Value| {
+        let process = &only(report, child)["processes"][0];
+        process["allocators"].as_array().is_some_and(|found| !found.is_empty()) && process["interval_bytes"] == 1024
+    };
+    session.next_report(is_sampled, patience())?;
+    // Frees are filtered a quarter of a second after that.
+    for _ in 0..4 {
+        session.next_report(|_| true, patience())?;
+    }
+    for command in ["child_free 3000", "child 2000 100", "leak 1000 100"] {
+        fixture.tell(command)?;
+    }
+    // Of a child that has ended only a sum is kept.
+    let of_child = only(
+        &session.next_report(|report| sum(&only(report, child), "leak_in_child", "live_bytes") > 0.0, patience())?,
+        child,
+    );
+    fixture.send("exec")?;
+    fixture.wait_ready()?;
+    ensure!(wait_until(patience(), || breakpoints(pid).is_ok_and(|count| count > 0)), "nothing attached after exec");
+    fixture.tell("leak 3000 100")?;
+    let of_parent = only(&session.stop()?, pid);
+
+    ensure_estimate(&of_child, "leak_before", "live_bytes", 100_000.0, deviation(interval, 1000, 100))?;
+    ensure_estimate(&of_child, "leak_in_child", "live_bytes", 200_000.0, deviation(interval, 2000, 100))?;
+    ensure_estimate(&of_parent, "leak_after_exec", "live_bytes", 300_000.0, deviation(interval, 3000, 100))?;
+    ensure!(sum(&of_parent, "leak_before", "live_bytes") == 0.0, "{}", summary(&of_parent));
     Ok(())
 }
