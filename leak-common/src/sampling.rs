@@ -23,17 +23,17 @@ impl Interval {
     /// The longest: 30 GiB.
     pub const LONGEST: Self = Self(u8::MAX);
 
-    #[inline(always)]
+    #[inline]
     pub const fn from_code(code: u8) -> Self {
         Self(code)
     }
 
-    #[inline(always)]
+    #[inline]
     pub const fn code(self) -> u8 {
         self.0
     }
 
-    #[inline(always)]
+    #[inline]
     pub const fn is_exact(self) -> bool {
         self.0 == 0
     }
@@ -55,18 +55,18 @@ impl Interval {
     }
 
     /// In bytes; zero where every allocation is followed.
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub const fn bytes(self) -> u64 {
         if self.0 == 0 { 0 } else { self.mantissa() << self.exponent() }
     }
 
-    #[inline(always)]
+    #[inline]
     const fn mantissa(self) -> u64 {
         8 + (self.0 as u64 & 7)
     }
 
-    #[inline(always)]
+    #[inline]
     const fn exponent(self) -> u32 {
         self.0 as u32 >> 3
     }
@@ -74,7 +74,7 @@ impl Interval {
     /// How many bytes to count down until the next sample, from 32 random bits: -ln(u) times the interval, rounded up, where
     /// u is uniform in (0, 1]. Rounded up because an allocation of `size` bytes is sampled if that is at least what is left:
     /// rounded down, small ones would be sampled too often.
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub const fn draw(self, random: u32) -> u64 {
         // At most 15 * 32 * ln 2 in 32 binary places: 41 bits.
@@ -98,7 +98,7 @@ const PLACES: u32 = 26;
 /// The logarithm to base two comes bit by bit: squaring a number doubles its logarithm, so whether the square of a number between
 /// one and two is above two is the next bit (D. E. Knuth, "The Art of Computer Programming", vol. 1, 1.2.2, exercise 25 and the
 /// text before it). No table and no branch, which would cost the verifier more than this costs the processor.
-#[inline(always)]
+#[inline]
 #[must_use]
 pub const fn negative_ln(random: u32) -> u64 {
     let value = random as u64 + 1;
@@ -127,26 +127,26 @@ impl Sampling {
     const FILTERED: u64 = 1 << 8;
 
     /// Of process `tgid`, which the word names so that a thread that remembers the place of another one's notices.
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub const fn new(tgid: u32, interval: Interval, frees_filtered: bool) -> Self {
         Self((tgid as u64) << 32 | interval.0 as u64 | if frees_filtered { Self::FILTERED } else { 0 })
     }
 
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub const fn tgid(self) -> u32 {
         (self.0 >> 32) as u32
     }
 
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub const fn interval(self) -> Interval {
         Interval(self.0 as u8)
     }
 
     /// Whether frees of addresses that are not in the map of sampled ones end in the kernel.
-    #[inline(always)]
+    #[inline]
     #[must_use]
     pub const fn frees_filtered(self) -> bool {
         self.0 & Self::FILTERED != 0

@@ -12,9 +12,11 @@ use super::simulation::{
 use super::{Growth, Verdict, judge};
 use crate::ledger::history::Window;
 
+type Make = fn(&mut SmallRng) -> Program;
+
 /// Any mean between samples, from a few blocks to some thousands.
 fn any_interval(rng: &mut SmallRng) -> Interval {
-    Interval::near(log_uniform(rng, 128.0, 1048_576.0) as u64)
+    Interval::near(log_uniform(rng, 128.0, 1_048_576.0) as u64)
 }
 
 /// The seeds, and the times, at which the program was called growing.
@@ -48,7 +50,6 @@ fn up_to_a_minute() -> Vec<Window> {
 /// What does not leak is not called growing, whichever interval it is sampled with.
 #[test]
 fn nothing_grows_by_chance() {
-    type Make = fn(&mut SmallRng) -> Program;
     let programs: [(&str, Make); 8] = [
         ("churn", |rng| churn(log_uniform(rng, 1.0, 500.0), log_uniform(rng, 0.01, 5.0), Sizes::any(rng))),
         ("queue", |rng| queue(log_uniform(rng, 5.0, 300.0), 0, false, Sizes::any(rng))),
@@ -87,7 +88,6 @@ fn nothing_grows_by_chance() {
 #[test]
 fn nothing_grows_by_chance_in_long_runs() {
     let times: Vec<Window> = (30..=600).step_by(10).collect();
-    type Make = fn(&mut SmallRng) -> Program;
     let programs: [(&str, Make); 3] = [
         ("churn", |rng| churn(log_uniform(rng, 0.5, 100.0), log_uniform(rng, 0.01, 10.0), Sizes::any(rng))),
         ("cache", |rng| {

@@ -137,7 +137,7 @@ pub fn mean_with_interval(amounts: &[f64]) -> (f64, (f64, f64)) {
 /// plain Poisson sum with the same mean and variance, of `k` = estimate^2 / variance equal events. Of that the interval is the one
 /// that H. Jeffreys' prior gives: quantiles of the gamma distribution with shape k + 1/2. Its coverage stays about 95 % down to a
 /// handful of events, where a normal interval covers too little and Garwood's exact one too much (L. D. Brown, T. T. Cai and
-/// A. DasGupta, "Interval estimation in exponential families", Statistica Sinica 13 (2003) 19-49).
+/// A. `DasGupta`, "Interval estimation in exponential families", Statistica Sinica 13 (2003) 19-49).
 pub fn around(total: u64, estimate: f64, variance: f64) -> [u64; 2] {
     if estimate <= 0.0 || variance <= 0.0 {
         return [total, total];

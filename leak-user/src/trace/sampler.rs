@@ -15,6 +15,7 @@ use leak_common::sampling::Interval;
 
 use super::collector::Collector;
 use crate::attach::Programs;
+use crate::ledger::ProcessLedger;
 use crate::losses::monotonic_now;
 
 /// Longer than a program of ours takes, preempted or not, that has read the settings just before they were changed.
@@ -72,7 +73,7 @@ impl Sampler {
                     let addresses = {
                         let mut core = collector.core();
                         core.collect();
-                        core.ledger.process(tgid).map(|process| process.addresses()).unwrap_or_default()
+                        core.ledger.process(tgid).map(ProcessLedger::addresses).unwrap_or_default()
                     };
                     process.state = match keep(programs, tgid, &addresses) {
                         Ok(()) => State::Filtered,
@@ -123,9 +124,9 @@ impl Sampler {
 fn next(state: State, interval: Interval, now: Instant) -> State {
     match (state, interval.is_exact()) {
         (State::Exact | State::Ended(_), false) => State::Begun(now),
-        (State::Begun(_) | State::Filtered | State::Unfiltered, false) => state,
-        (State::Exact | State::Ended(_), true) => state,
         (State::Begun(_) | State::Filtered | State::Unfiltered, true) => State::Ended(now),
+        // Another interval, or exact as it was.
+        _ => state,
     }
 }
 
