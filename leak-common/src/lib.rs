@@ -105,6 +105,14 @@ pub mod op {
     /// Releases blocks that it does not name: mimalloc's `mi_heap_destroy`. Which ones is not known, so it counts as a lost free.
     pub const FREE_UNNAMED: u8 = 12;
 
+    /// jemalloc's mallctl: a [`FREE_UNNAMED`] where the name that it is given is that of a reset or the end of an arena.
+    pub const CONTROL: u8 = 13;
+    /// The same for mallctlbymib, which is given numbers in place of the name.
+    pub const CONTROL_BY_MIB: u8 = 14;
+
+    /// No function: a page fault, for a page that the process did not have.
+    pub const FAULT: u8 = 15;
+
     /// All arguments come one later, because the first names a heap (mimalloc's `mi_heap_calloc` and the like).
     pub const SHIFTED: u8 = 0x40;
 
@@ -272,8 +280,8 @@ pub mod counter {
     pub const RING_FULL_ALLOC: u32 = 0;
     /// Free records that found the ring full and went to the overflow map.
     pub const RING_FULL_FREE: u32 = 1;
-    /// Free records that found both the ring and the overflow map full, and calls of [`crate::op::FREE_UNNAMED`]; each raises the
-    /// epoch.
+    /// Free records that found both the ring and the overflow map full, and calls that are a [`crate::op::FREE_UNNAMED`]; each
+    /// raises the epoch.
     pub const FREE_LOST: u32 = 2;
     /// Stack records that found the ring full; they are sent again with the next allocation from that stack.
     pub const RING_FULL_STACK: u32 = 3;
@@ -316,6 +324,16 @@ pub struct MissedFree {
     pub addr: u64,
 }
 const _: () = assert!(size_of::<MissedFree>() == 16);
+
+/// Key of the map of page faults: a process, and the hash of a call stack in which it touched new pages.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageKey {
+    pub tgid: u32,
+    pub reserved: u32,
+    pub stack: u64,
+}
+const _: () = assert!(size_of::<PageKey>() == 16);
 
 /// How the kernel side's jiffies become nanoseconds of `CLOCK_MONOTONIC`: jiffies * tick + offset, modulo 2^64.
 #[repr(C)]

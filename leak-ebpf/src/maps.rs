@@ -7,7 +7,7 @@ use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
 use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
-use leak_common::{Clock, MissedFree, counter};
+use leak_common::{Clock, MissedFree, PageKey, counter};
 
 use crate::thread::Thread;
 
@@ -94,6 +94,18 @@ pub static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub static MISSED: HashMap<MissedFree, u64> = HashMap::with_max_entries(65_536, 0);
 
+/// Processes whose page faults are looked at, and of how many one is.
+#[map]
+pub static PAGED: HashMap<u32, u32> = HashMap::with_max_entries(64, 0);
+
+/// Faults by process and stack, as many as those that were looked at stand for. Emptied by user space each second.
+#[map]
+pub static PAGES: HashMap<PageKey, u64> = HashMap::with_max_entries(4096, 0);
+
+/// Processes that were started, or have executed a program, since user space looked last.
+#[map]
+pub static BORN: HashMap<u32, u8> = HashMap::with_max_entries(4096, 0);
+
 /// How jiffies become nanoseconds.
 #[map]
 pub static CLOCK: Array<Clock> = Array::with_max_entries(1, 0);
@@ -132,6 +144,17 @@ static USE_TABLES: u64 = 1;
 
 #[unsafe(no_mangle)]
 static NEVER: u64 = 0;
+
+/// The bits that addresses of user space have on this host: what is above them in a return address is its signature.
+#[cfg(bpf_target_arch = "aarch64")]
+#[unsafe(no_mangle)]
+static ADDRESS_MASK: u64 = (1 << 48) - 1;
+
+#[cfg(bpf_target_arch = "aarch64")]
+#[inline(always)]
+pub fn address_mask() -> u64 {
+    setting!(ADDRESS_MASK)
+}
 
 /// Where in kernel structures the pending return probes of a task are; zero: not known. In this order: `task_struct.utask`,
 /// `uprobe_task.return_instances`, `return_instance.stack`, `.orig_ret_vaddr`, `.next`.

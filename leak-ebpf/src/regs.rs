@@ -100,10 +100,6 @@ mod arch {
 
     pub const RETURN_POPS: u64 = 0;
 
-    /// Bits of an address below which no code is signed: those above hold the signature, and the tag of the top byte. The kernel
-    /// gives addresses above these 48 to nobody who does not ask for them (Documentation/arch/arm64/memory.rst).
-    const ADDRESS_BITS: u32 = 48;
-
     #[inline(always)]
     pub fn frame(regs: &Registers) -> Frame {
         Frame { pc: regs.pc, sp: regs.sp, fp: regs.regs[29], link: code_address(regs.regs[30]), result: regs.regs[0] }
@@ -145,10 +141,11 @@ mod arch {
         unsafe { core::ptr::read_volatile(&raw const (*regs).regs[8]) }
     }
 
-    /// Without the signature that `paciasp` has put into a return address that is on the stack.
+    /// Without the signature that `paciasp` has put into a return address that is on the stack: it is in all bits that addresses of
+    /// user space do not have on this host, and the tag of the top byte is there too.
     #[inline(always)]
     pub fn code_address(word: u64) -> u64 {
-        word & ((1 << ADDRESS_BITS) - 1)
+        word & crate::maps::address_mask()
     }
 
     /// include/uapi/asm-generic/unistd.h

@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+pub use crate::scout::Reason;
+
 /// The value of [`Report::schema`].
 pub const SCHEMA: &str = "leaktrace.report/1";
 
@@ -64,6 +66,34 @@ pub struct System {
     pub processes: Vec<Watched>,
     /// Who was traced or released, and why; the latest last, bounded.
     pub decisions: Vec<Decision>,
+    /// Where processes touch new pages that grow without that a leak in them is known, the fastest growing first.
+    #[serde(default)]
+    pub growing: Vec<NewPages>,
+}
+
+/// Where a process touches new pages, by its page faults; evidence of what it grows by, not an account of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NewPages {
+    pub pid: u32,
+    pub comm: String,
+    /// Growth of its own pages.
+    pub bytes_per_s: f64,
+    /// Faults since it is looked at for this; where many come, one stands for several.
+    pub faults: u64,
+    /// The stacks with the most faults, bounded.
+    pub stacks: Vec<PageStack>,
+}
+
+/// A call stack in which new pages were touched.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PageStack {
+    pub faults: u64,
+    /// Of all faults of the process, 0 to 1.
+    pub share: f64,
+    /// How the stack ended, and why there if it is not complete.
+    pub end: StackEnd,
+    /// Innermost first.
+    pub frames: Vec<Frame>,
 }
 
 /// A process that is watched from afar.
@@ -85,7 +115,7 @@ pub struct Decision {
     pub pid: u32,
     pub comm: String,
     pub what: Decided,
-    pub reason: String,
+    pub reason: Reason,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -237,7 +267,7 @@ pub struct Process {
     pub labels: Labels,
     /// Why it is traced, where leaktrace chose it.
     #[serde(default)]
-    pub reason: Option<String>,
+    pub reason: Option<Reason>,
     pub verdict: Verdict,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,

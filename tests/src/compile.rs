@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// What fixtures include, so these count into each one's hash.
-const HEADERS: [&str; 2] = ["fixture.h", "stacks.h"];
+const HEADERS: [&str; 3] = ["fixture.h", "blocks.h", "stacks.h"];
 
 /// Names a folder with compiled fixtures, each under its [`Program::file_name`]. Nothing is compiled then.
 pub const PREBUILT_VARIABLE: &str = "LEAKTRACE_FIXTURES";

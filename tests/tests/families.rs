@@ -191,6 +191,35 @@ fn heaps_that_are_destroyed_are_no_leak() -> Result<()> {
     Ok(())
 }
 
+/// The same for jemalloc's arenas, reset and destroyed by name and by numbers, by the ways of older kernels too; what else mallctl
+/// is asked for costs nothing.
+#[test]
+fn arenas_that_are_destroyed_are_no_leak() -> Result<()> {
+    let test = "arenas_that_are_destroyed_are_no_leak";
+    let (Some(_), true) = (host::library(test, "libjemalloc.so"), host::can_trace(test)) else { return Ok(()) };
+    let program = families().flag("-DFEW").flag("-DJEMALLOC").link("-ljemalloc").build()?;
+    for without in [&[][..], &["--without", "session"], &["--without", "multi,loop"]] {
+        let mut fixture = Fixture::builder(&program).start()?;
+        let mut session = Session::start(&[fixture.pid()], without)?;
+        fixture.tell("leak malloc 10 100")?;
+        fixture.tell("purge")?;
+        let counted = |report: &Value| live_in(report, "leak_via_malloc") == (1000, 10);
+        let report = session.next_report(counted, PATIENCE)?;
+        assert_eq!(report["losses"], serde_json::json!({}), "{without:?}: {}", summary(&report));
+        for (done, how) in ["destroy", "reset", "destroy_mib", "reset_mib"].into_iter().enumerate() {
+            fixture.tell(&format!("destroy 100 64 {how}"))?;
+            let distrusted = |report: &Value| {
+                report["losses"]["frees_lost"] == done + 1 && live_in(report, "destroy_arena") == (0, 0)
+            };
+            session.next_report(distrusted, PATIENCE).with_context(|| format!("{how}, {without:?}"))?;
+        }
+        fixture.tell("leak malloc 10 100")?;
+        let report = session.stop()?;
+        assert_eq!(live_in(&report, "leak_via_malloc"), (1000, 10), "{without:?}: {}", summary(&report));
+    }
+    Ok(())
+}
+
 /// Each variant of operator new and delete: of libstdc++, where they call malloc, and of allocators that have their own.
 #[test]
 fn operators() -> Result<()> {

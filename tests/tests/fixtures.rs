@@ -205,7 +205,7 @@ fn deep_counts_its_pairs() -> Result<()> {
     Ok(())
 }
 
-/// The demo forgets sessions, and says how many.
+/// The demo forgets sessions, and says how many and when.
 #[test]
 fn demo_forgets_its_sessions() -> Result<()> {
     let mut fixture = Fixture::start("demo")?;
@@ -214,6 +214,10 @@ fn demo_forgets_its_sessions() -> Result<()> {
     }));
     let (bytes, count) = site(&fixture.report()?, "session_remember");
     assert_eq!(bytes, count * 1000);
+    let history = fixture.ask("history")?;
+    let entries = history["at_ms"].as_array().context("no history")?;
+    assert_eq!(history["bytes_per_entry"], 20_000);
+    assert!(entries.len() as u64 >= count / 20 && entries.is_sorted_by_key(Value::as_u64), "{history}");
     assert!(fixture.finish()?.success(), "it should end with its input");
     Ok(())
 }

@@ -93,6 +93,52 @@ fn exec_drops_the_old_and_traces_the_new() -> Result<()> {
     Ok(())
 }
 
+/// A plugin that is opened seconds after the trace began, and again after exec, counts to the byte and is named as the culprit,
+/// with its file.
+#[test]
+fn a_plugin_opened_in_the_middle() -> Result<()> {
+    if !host::can_trace("a_plugin_opened_in_the_middle") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let plugin = folder.path().join("plugin.so");
+    fs::copy(Program::c("plugin_leak").without_frame_pointers().library().build()?, &plugin)?;
+    let mut fixture = Fixture::start("lifecycle")?;
+    let mut session = Session::start(&[fixture.pid()], &[])?;
+    fixture.tell("leak 10 1000")?;
+    for exec in [false, true] {
+        if exec {
+            fixture.send("exec")?;
+            fixture.wait_ready()?;
+            ensure!(
+                host::wait_until(PATIENCE, || host::breakpoints(fixture.pid()).is_ok_and(|n| n > 0)),
+                "nothing attached after exec"
+            );
+        }
+        let from = session.next_report(|_| true, PATIENCE)?["duration_s"].as_f64().context("no duration")?;
+        let later = |report: &Value| report["duration_s"].as_f64().is_some_and(|at| at >= from + 5.0);
+        session.next_report(later, PATIENCE)?;
+        fixture.tell(&format!("open {}", plugin.display()))?;
+        // Its first stacks may end at the new code; what is counted is whole.
+        fixture.tell("plugin 50 300")?;
+        let truth = fixture.report()?;
+        let expected = site(&truth, "plugin_leak");
+        let whole = |report: &Value| {
+            let all: Vec<&Value> = stacks(report).filter(|stack| has_frame(stack, "plugin_leak")).collect();
+            all.iter().any(|stack| {
+                let frame = &stack["frames"][0];
+                frame["function"] == "plugin_leak"
+                    && frame["module"].as_str().is_some_and(|module| module.ends_with("plugin.so"))
+            }) && live_in(report, "plugin_leak") == expected
+        };
+        session.next_report(whole, PATIENCE)?;
+    }
+    let report = session.stop()?;
+    assert_eq!(live_in(&report, "leak_before"), (0, 0), "{}", summary(&report));
+    assert_eq!(live_in(&report, "plugin_leak"), (15_000, 50), "{}", summary(&report));
+    Ok(())
+}
+
 /// A thread other than the first calls exec after the first has ended; the trace goes on with the new image.
 #[test]
 fn exec_by_another_thread() -> Result<()> {

@@ -108,6 +108,99 @@ fn three_of_two_hundred() -> Result<()> {
     Ok(())
 }
 
+/// What the report says of where a process touches new pages.
+fn new_pages(report: &Value, pid: u32) -> Option<&Value> {
+    report["system"]["growing"].as_array()?.iter().find(|growing| growing["pid"] == pid)
+}
+
+/// Of a process that grows it is told where it touches new pages, before it is traced; and on, where no allocator explains it. Of one
+/// whose leak is known the leak is told instead.
+#[test]
+fn where_growth_comes_from() -> Result<()> {
+    let test = "where_growth_comes_from";
+    if !host::can_trace(test) {
+        return Ok(());
+    }
+    if cfg!(not(target_arch = "x86_64")) {
+        eprintln!("{test}: skipped: page faults can be looked at on x86-64 only");
+        return Ok(());
+    }
+    let mut crowd = Crowd::new()?;
+    let arena = crowd.start("arena", "60")?;
+    let leak = crowd.start("leak_slow", "--rate 200000 --block 512")?;
+    let still = crowd.start("leak_slow", "--cache-mb 2 --churn-threads 1 --churn-rate 50")?;
+    let mut running = Leaktrace::new()?
+        .args(["--exe", &crowd.selection(), "--format", "jsonl", "--interval", "1s", "--duration", "150s"])
+        .spawn()?;
+    // Told of before they were traced; and once they are, in how many reports.
+    let (mut arena_before, mut leak_before, mut arena_after) = (false, false, 0);
+    let start = Instant::now();
+    let mut last = Value::Null;
+    while !(arena_before && leak_before && arena_after >= 10) {
+        ensure!(start.elapsed() < Duration::from_mins(2), "{}\n{}", last["system"], summary(&last));
+        last = serde_json::from_str(&running.wait_stdout(|line| line.starts_with('{'), PATIENCE)?)?;
+        let promoted = decided(&last, "promoted");
+        ensure!(new_pages(&last, still).is_none(), "{}", last["system"]["growing"]);
+        let has = |pid: u32, function: &str| {
+            let stacks = new_pages(&last, pid).and_then(|pages| pages["stacks"].as_array());
+            stacks.into_iter().flatten().any(|stack| {
+                has_frame(stack, function) && stack["end"] == "complete" && stack["share"].as_f64() > Some(0.6)
+            })
+        };
+        let is_traced = |pid: u32| promoted.contains(&u64::from(pid));
+        arena_before |= !is_traced(arena) && has(arena, "use_page");
+        leak_before |= !is_traced(leak) && has(leak, "leak_block");
+        arena_after += u32::from(is_traced(arena) && has(arena, "use_page"));
+        let known = only(&last, leak)["processes"][0]["verdict"] == "leaking";
+        ensure!(!known || new_pages(&last, leak).is_none(), "{}", last["system"]["growing"]);
+        ensure!(only(&last, arena)["processes"][0]["verdict"] != "leaking", "{}", summary(&last));
+    }
+    eprintln!("after {:?}: {}", start.elapsed(), last["system"]["growing"]);
+    running.signal(libc::SIGINT)?;
+    let outcome = running.finish(PATIENCE)?;
+    ensure!(outcome.code()? == 0, "{}", outcome.stderr);
+    Ok(())
+}
+
+/// With `--all` a process that comes while leaktrace runs is traced at once, and after it executed another program; what that costs is
+/// said.
+#[test]
+fn all_traces_whoever_comes() -> Result<()> {
+    if !host::can_trace("all_traces_whoever_comes") {
+        return Ok(());
+    }
+    let mut crowd = Crowd::new()?;
+    // Nobody's libraries are known before the first.
+    let first = crowd.start("lifecycle", "")?;
+    let mut running = Leaktrace::new()?
+        .args(["--all", "--exe", &crowd.selection(), "--format", "jsonl", "--interval", "200ms", "--top", "1000"])
+        .spawn()?;
+    let is_traced = |pid: u32| host::wait_until(PATIENCE, || host::breakpoints(pid).is_ok_and(|n| n > 0));
+    ensure!(is_traced(first), "the process that was there is not traced");
+    let start = Instant::now();
+    let second = crowd.start("lifecycle", "")?;
+    ensure!(is_traced(second), "the process that came is not traced");
+    eprintln!("traced {:?} after it was started", start.elapsed());
+    let fixture = crowd.fixtures.last_mut().context("no fixture")?;
+    fixture.send("exec")?;
+    fixture.wait_ready()?;
+    ensure!(is_traced(second), "the program that it executed is not traced");
+    fixture.tell("leak 70 700")?;
+    let line = running.wait_stdout(
+        |line| {
+            serde_json::from_str(line)
+                .is_ok_and(|report: Value| live_in(&only(&report, second), "leak_after_exec").1 > 0)
+        },
+        PATIENCE,
+    )?;
+    let report: Value = serde_json::from_str(&line)?;
+    ensure!(live_in(&only(&report, second), "leak_after_exec") == (49_000, 70), "{}", summary(&report));
+    running.signal(libc::SIGINT)?;
+    let outcome = running.finish(PATIENCE)?;
+    ensure!(outcome.code()? == 0 && outcome.stderr.contains("microseconds"), "{}", outcome.stderr);
+    Ok(())
+}
+
 /// Resident bytes and open files of a process.
 fn size(pid: u32) -> Result<(u64, usize)> {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm"))?;

@@ -77,10 +77,11 @@ impl Drop for NoServices {
     }
 }
 
-/// Checks formatting and lints, host and BPF side.
+/// Checks formatting and lints, host and BPF side, and that the fuzz targets build.
 pub fn lint() -> Result<()> {
     setup()?;
     check(cargo().args(["fmt", "--all", "--check"]), "find the code formatted (run `cargo fmt --all`)")?;
+    check_fuzz_targets()?;
     check(
         cargo()
             .args(["clippy", "--workspace", "--exclude", "leak-ebpf", "--all-targets", "--quiet", "--"])
@@ -100,6 +101,23 @@ pub fn lint() -> Result<()> {
             // As leak-user's build script has it.
             .env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH)),
         "pass clippy for the BPF programs",
+    )
+}
+
+/// The fuzz targets include modules of leak-user by their paths, so a change there can break them; they are no part of the workspace.
+fn check_fuzz_targets() -> Result<()> {
+    let manifest = root().join("tests/fuzz/Cargo.toml");
+    check(cargo().args(["fmt", "--check", "--manifest-path"]).arg(&manifest), "find the fuzz targets formatted")?;
+    check(
+        cargo()
+            .args(["clippy", "--locked", "--quiet", "--manifest-path"])
+            .arg(&manifest)
+            .arg("--target-dir")
+            .arg(target_dir()?.join("fuzz"))
+            .args(["--", "-D", "warnings"])
+            // Nothing is linked, so libFuzzer's own code, which takes longest to build, need not be there.
+            .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
+        "build the fuzz targets",
     )
 }
 

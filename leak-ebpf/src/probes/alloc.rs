@@ -16,6 +16,7 @@ use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 
 use crate::emit::{emit, emit_free, header, missed_free, output};
 use crate::maps::{count, count_unkept, keep_address, never, now, sampling_of, size_is_followed, take_address};
+use crate::probes::control;
 use crate::regs::{self, Frame};
 use crate::returns;
 use crate::stack::{self, For};
@@ -360,8 +361,11 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, (ids, se
     let Some(thread) = thread.or_else(|| new(ids)) else {
         return NO_RETURN;
     };
-    if shape == op::FREE_UNNAMED {
+    if shape == op::FREE_UNNAMED || control::releases(ctx, shape) {
         count(counter::FREE_LOST);
+        return NO_RETURN;
+    }
+    if matches!(shape, op::CONTROL | op::CONTROL_BY_MIB) {
         return NO_RETURN;
     }
     match arguments(ctx, shape) {
@@ -462,6 +466,8 @@ entry!(enter_reallocarray, op::REALLOCARRAY);
 entry!(enter_posix, op::POSIX_MEMALIGN);
 entry!(enter_free, op::FREE);
 entry!(enter_free_unnamed, op::FREE_UNNAMED);
+entry!(enter_control, op::CONTROL);
+entry!(enter_control_by_mib, op::CONTROL_BY_MIB);
 entry!(enter_xallocx, op::XALLOCX);
 entry!(enter_reallocf, op::REALLOCF);
 entry!(enter_rust_realloc, op::RUST_REALLOC);

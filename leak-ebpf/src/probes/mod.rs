@@ -1,5 +1,8 @@
 //! The programs, by what they watch.
 
 mod alloc;
+mod births;
+mod control;
 mod mappings;
+mod pages;
 mod process;

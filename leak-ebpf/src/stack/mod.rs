@@ -35,6 +35,9 @@ pub enum For {
     /// map of programs takes those of one type only: mentioning it would keep all but the first from loading. User space
     /// attaches them only where there is `bpf_loop`.
     TypedSystemCall,
+    /// A page fault. The innermost address is that of the instruction, which may stand anywhere in its function: nothing is known
+    /// of its frame without the whole table. Only where there is `bpf_loop`.
+    Fault,
 }
 
 /// Takes the stack of `thread` from `frame`. Its hash goes to the call in flight; user space has been sent the stack, or will
@@ -60,6 +63,8 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
             Some(caller) => walk.push(caller, frame.sp & !7, frame.fp, 0, 0),
             None => walk.end = u64::from(stack_end::BAD_READ),
         }
+    } else if what == For::Fault {
+        walk.interrupted(frame);
     } else {
         // There is no slot: the address below the stack stands for it.
         let pc = if what == For::Call { frame.link } else { frame.pc };
@@ -119,7 +124,7 @@ fn follow_on(ctx: *mut c_void, what: For) {
     let programs = match what {
         For::Call => &raw const WALK_UPROBE,
         For::SystemCall => &raw const WALK_TRACEPOINT,
-        For::TypedSystemCall => return,
+        For::TypedSystemCall | For::Fault => return,
     };
     // SAFETY: the context of this program, and a map of programs of its type.
     unsafe {

@@ -11,7 +11,7 @@ use leak_common::unwind::{Rule, cfa, fp, none};
 use leak_common::{MAX_FRAMES, StackHeader, counter, flag, stack_end};
 
 use crate::maps::{count_many, has_loop, use_tables};
-use crate::regs;
+use crate::regs::{self, Frame};
 use crate::repeat::repeat;
 use crate::returns;
 use crate::unwind::{self, BY_FRAME_POINTER, miss};
@@ -295,6 +295,23 @@ impl Walk {
         self.end = RUNNING;
         self.push(outer, slot, outer_fp, fp_at, cfa_at);
         self.end
+    }
+
+    /// Begins with the frame of an instruction that is not a call.
+    #[inline(always)]
+    pub(super) fn interrupted(&mut self, frame: Frame) {
+        self.flags |= NOT_KEPT;
+        self.kept = 0;
+        // Whoever reads a stack looks up the byte before each address.
+        self.push(frame.pc.wrapping_add(1), (frame.sp & !7).wrapping_sub(8), frame.fp, 0, 0);
+        self.pc = frame.pc;
+        self.exact = 1;
+    }
+
+    /// Of the stack that was taken last.
+    #[inline(always)]
+    pub fn hash(&self) -> u64 {
+        self.kept_hash
     }
 
     /// Goes on where the signal interrupted the thread: `context` is the address of the `ucontext`, whose registers start at

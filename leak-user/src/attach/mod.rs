@@ -7,6 +7,7 @@ mod close;
 mod elements;
 mod floor;
 mod hold;
+mod pages;
 mod ranges;
 mod samplings;
 mod sys;
@@ -30,6 +31,7 @@ use leak_common::op;
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use pages::Pages;
 use ranges::{Ranges, Rows};
 use samplings::Samplings;
 use sys::Hook;
@@ -69,6 +71,10 @@ const PROCESS_PROGRAMS: [(&str, &str); 2] =
 
 /// The start of processes, which only matters where children are followed.
 const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")];
+
+/// Processes that come, where all are traced from their start.
+const BIRTH_PROGRAMS: [(&str, &str); 2] =
+    [("born_by_exec", "sched_process_exec"), ("born_by_fork", "sched_process_fork")];
 
 /// Threads whose state there is room for beside those of the common slots, where the room is taken in advance: 4,096 of 7.4 KiB are
 /// 30 MiB. Threads beyond that are counted as a loss.
@@ -134,6 +140,8 @@ fn entry_program(shape: u8) -> &'static str {
         op::POSIX_MEMALIGN => "enter_posix",
         op::FREE => "enter_free",
         op::FREE_UNNAMED => "enter_free_unnamed",
+        op::CONTROL => "enter_control",
+        op::CONTROL_BY_MIB => "enter_control_by_mib",
         op::XALLOCX => "enter_xallocx",
         op::REALLOCF => "enter_reallocf",
         op::RUST_REALLOC => "enter_rust_realloc",
@@ -147,6 +155,7 @@ fn entry_program(shape: u8) -> &'static str {
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each switches one thing, and they go together in any way")]
 pub struct Settings {
     /// Allocations below this many bytes are not followed.
     pub min_size: u64,
@@ -169,6 +178,10 @@ pub struct Settings {
     pub forks: bool,
     /// Sampled blocks that there is room for, in all processes together: some 80 bytes each as they come, and 16 bytes in advance.
     pub addresses: u32,
+    /// Whether it is told which processes come ([`Programs::take_births`]).
+    pub births: bool,
+    /// Whether page faults may have to be looked at ([`Programs::watch_pages`]).
+    pub pages: bool,
 }
 
 impl Default for Settings {
@@ -184,6 +197,8 @@ impl Default for Settings {
             mapping_hook: None,
             forks: false,
             addresses: 1 << 18,
+            births: false,
+            pages: false,
         }
     }
 }
@@ -238,6 +253,8 @@ pub struct Programs {
     mapping_hook: MappingHook,
     own_ring: bool,
     tables: bool,
+    pages: Option<Pages>,
+    births: Option<BpfHashMap<MapData, u32, u8>>,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -327,6 +344,9 @@ impl Programs {
         for (name, value) in &globals {
             loader.override_global(name, value, true);
         }
+        let address_mask = address_mask();
+        // Where nothing is signed the programs do not ask.
+        loader.override_global("ADDRESS_MASK", &address_mask, cfg!(target_arch = "aarch64"));
         let bytes = object(own_ring, map_allocator)?;
         if !map_allocator {
             loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
@@ -363,6 +383,8 @@ impl Programs {
             mapping_hook: MappingHook::NotAtAll,
             own_ring,
             tables,
+            pages: None,
+            births: None,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -374,8 +396,45 @@ impl Programs {
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
             programs.watch_mappings(&objects, btf.as_ref(), only)?;
         }
+        if settings.births {
+            programs.attach_tracepoints(&objects, &BIRTH_PROGRAMS)?;
+            programs.births = Some(BpfHashMap::try_from(take_map(&mut programs.ebpf, "BORN")?)?);
+        }
+        if settings.pages && has_loop {
+            // They are evidence: without them there is less of it.
+            match Pages::load(&objects, &mut programs.ebpf) {
+                Ok(pages) => programs.pages = Some(pages),
+                Err(error) => log::info!("page faults cannot be looked at: {error:#}"),
+            }
+        }
         programs.sync_clock();
         Ok(programs)
+    }
+
+    /// Processes that were started or have executed a program since the last time; bounded.
+    pub fn take_births(&mut self) -> Vec<u32> {
+        let Some(births) = &mut self.births else { return Vec::new() };
+        let born: Vec<u32> = births.keys().filter_map(Result::ok).collect();
+        // Before anybody looks at them: what happens after that is told anew.
+        born.into_iter().filter(|tgid| births.remove(tgid).is_ok()).collect()
+    }
+
+    /// Looks at one of so many page faults of this process from now on, and takes the stacks; false where that cannot be. The
+    /// process has to be told as a target, for its code. No allocator is probed.
+    pub fn watch_pages(&mut self, tgid: u32, every: u32) -> Result<bool> {
+        self.pages.as_mut().map_or(Ok(false), |pages| pages.watch(tgid, every).map(|()| true))
+    }
+
+    /// Looks at its page faults no longer.
+    pub fn forget_pages(&mut self, tgid: u32) {
+        if let Some(pages) = &mut self.pages {
+            pages.forget(tgid);
+        }
+    }
+
+    /// Page faults since the last time: process, hash of the stack, how many.
+    pub fn take_pages(&mut self) -> Vec<(u32, u64, u64)> {
+        self.pages.as_mut().map_or_else(Vec::new, Pages::take)
     }
 
     /// Watches mapping calls by the best means that the kernel has, or by the given one.
@@ -704,6 +763,15 @@ fn kernel_types() -> Option<Btf> {
     Btf::of_this_kernel(&names, &members).inspect_err(|error| log::info!("{error}")).ok()
 }
 
+/// The bits that addresses of user space have on this host: arm64 has 39 to 48 of them, by its page size and configuration, and signs
+/// return addresses in those above (Documentation/arch/arm64/memory.rst and pointer-authentication.rst). The first stack of a
+/// process stands at the end of its address space, or, where that has 52 bits, of what is given to who does not ask for more.
+fn address_mask() -> u64 {
+    // SAFETY: no arguments that could be wrong. The answer points to random bytes on that stack, or is zero.
+    let stack = unsafe { libc::getauxval(libc::AT_RANDOM) };
+    if stack == 0 { (1 << 48) - 1 } else { u64::MAX >> stack.leading_zeros() }
+}
+
 /// A program that is attached to the system, and what removes it.
 struct Attached {
     program: OwnedFd,
@@ -806,6 +874,8 @@ fn load_uprobes(objects: &Objects, kind: UprobeKind) -> Result<HashMap<&'static 
             "enter_posix",
             "enter_free",
             "enter_free_unnamed",
+            "enter_control",
+            "enter_control_by_mib",
             "enter_xallocx",
             "enter_reallocf",
             "enter_rust_realloc",
@@ -832,5 +902,22 @@ fn map_data(map: &Map) -> &MapData {
         | Map::HashOfMaps(data)
         | Map::Unsupported(data) => data,
         other => unreachable!("the object has no map of this type: {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No bit too few and none too many: the mask holds all that this process has mapped, and half of it would not.
+    #[test]
+    fn address_mask_fits_the_address_space() {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("own mappings can be read");
+        let last = |line: &str| u64::from_str_radix(line.split(['-', ' ']).nth(1)?, 16).ok().map(|end| end - 1);
+        // x86-64 has a page of the kernel's at the very top.
+        let highest = maps.lines().filter_map(last).filter(|last| last >> 63 == 0).max().expect("a mapping");
+        let mask = address_mask();
+        assert_eq!(mask.count_ones(), mask.trailing_ones());
+        assert_eq!((highest & mask, highest & (mask >> 1) == highest), (highest, false), "{highest:#x} {mask:#x}");
     }
 }

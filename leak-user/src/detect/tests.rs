@@ -449,3 +449,30 @@ fn any_start_can_be_judged() {
         }
     }
 }
+
+/// What its parent leaked is no leak of a forked child: it grows by what it allocates itself, and that not sooner than others.
+#[test]
+fn children_do_not_inherit_verdicts() {
+    for seed in 0..100 {
+        let mut simulation = Simulation::new(seed);
+        let mut program = regular_leak(0.2, 100, 0.0);
+        simulation.run_to(60, &mut program);
+        assert_eq!(judge(&simulation.history, 60).verdict, Verdict::Growing);
+        let forked = simulation.history.forked(60);
+        for time in 60..200 {
+            let verdict = judge(&forked, time).verdict;
+            let expected = if time < 60 + MIN_WATCH { Verdict::Warming } else { Verdict::Stable };
+            assert_eq!(verdict, expected, "a child that allocates nothing, at {time}");
+        }
+        simulation.history = forked;
+        for time in 61..60 + MIN_WATCH {
+            simulation.run_to(time, &mut program);
+            assert_eq!(judge(&simulation.history, time).verdict, Verdict::Warming, "at {time}");
+        }
+        simulation.run_to(100, &mut program);
+        let judged = judge(&simulation.history, 100);
+        assert_eq!(judged.verdict, Verdict::Growing);
+        let rate = judged.growth.map_or(0.0, |growth| growth.bytes_per_s);
+        assert!((rate - 500.0).abs() < 50.0, "{rate}");
+    }
+}

@@ -65,12 +65,14 @@ pub const C: [(&str, u8); 13] = [
 /// Beyond the standards, in several libraries.
 const MORE_C: [(&str, u8); 2] = [("reallocf", op::REALLOCF), ("vfree", op::FREE)];
 
-const JEMALLOC_API: [(&str, u8); 5] = [
+const JEMALLOC_API: [(&str, u8); 7] = [
     (OF_JEMALLOC, op::MALLOC),
     ("rallocx", op::REALLOC),
     ("xallocx", op::XALLOCX),
     ("dallocx", op::FREE),
     ("sdallocx", op::FREE),
+    ("mallctl", op::CONTROL),
+    ("mallctlbymib", op::CONTROL_BY_MIB),
 ];
 
 const TCMALLOC_API: [(&str, u8); 21] = [
@@ -350,6 +352,8 @@ mod tests {
             ("tc_pvalloc", "tc_", op::MALLOC),
             ("_rjem_xallocx", "_rjem_", op::XALLOCX),
             ("je_sdallocx", "je_", op::FREE),
+            ("_rjem_mallctl", "_rjem_", op::CONTROL),
+            ("mallctlbymib", "", op::CONTROL_BY_MIB),
             ("dlcalloc", "dl", op::CALLOC),
         ] {
             assert_eq!(shape(name, prefix), Some(expected), "{name}");
@@ -360,6 +364,7 @@ mod tests {
             ("tc_mallocx", "tc_"),
             ("tc_nallocx", "tc_"),
             ("je_nallocx", "je_"),
+            ("je_mallctlnametomib", "je_"),
             ("je_new", "je_"),
         ] {
             assert_eq!(shape(name, prefix), None, "{name}");

@@ -106,6 +106,8 @@ pub struct Releases {
 /// The accumulators of one call stack; about 2.7 KB whatever it does and however long.
 #[derive(Clone, Debug)]
 pub struct History {
+    /// Before this no live block was born; earlier than `start` in a forked child.
+    origin: Window,
     start: Window,
     now: Window,
     live_bytes: u64,
@@ -136,6 +138,7 @@ impl History {
     /// An empty history that begins in window `now`.
     pub fn new(now: Window) -> Self {
         Self {
+            origin: now,
             start: now,
             now,
             live_bytes: 0,
@@ -154,6 +157,24 @@ impl History {
             at_risk: [0.0; CLASSES],
             sampled: None,
         }
+    }
+
+    /// The same in a child that was forked in window `now`: the blocks are there, with the births that they have, but what they
+    /// did is the parent's doing. A verdict is read from what the child does from here on.
+    #[must_use]
+    pub fn forked(&self, now: Window) -> Self {
+        let mut child = self.clone();
+        child.roll(now);
+        child.start = child.now;
+        child.floor = [child.live_bytes; LEVELS];
+        child.peak = (0, child.now);
+        // The window's blocks until now count as its set-up.
+        child.setup = [0; SETUP as usize];
+        child.setup[0] = child.count[child.slot(child.now)];
+        child.releases = [0; CLASSES];
+        child.released = [0.0; CLASSES];
+        child.at_risk = [0.0; CLASSES];
+        child
     }
 
     /// A block of `bytes` came to life in window `now`. `birth` is earlier than `now` for a block that realloc carried
@@ -347,7 +368,7 @@ impl History {
             latest = ((group + 1).saturating_sub(kept as Window) << shift).saturating_sub(1);
         }
         if self.count[ANCIENT] > 0 || self.bytes[ANCIENT] > 0 {
-            visit(self.now - latest, self.start, self.cohort_in(ANCIENT));
+            visit(self.now - latest, self.origin, self.cohort_in(ANCIENT));
         }
     }
 
@@ -355,7 +376,7 @@ impl History {
         Cohort { bytes: self.bytes[slot], count: u64::from(self.count[slot]) }
     }
 
-    /// The window in which the stack was first seen.
+    /// The window in which the stack was first seen; in a forked child not before the fork.
     pub fn start(&self) -> Window {
         self.start
     }
@@ -418,7 +439,7 @@ impl History {
         let mut oldest: Option<Window> = None;
         self.each_cohort(|_, first, cohort| {
             if cohort.count > 0 {
-                let first = first.max(self.start);
+                let first = first.max(self.origin);
                 oldest = Some(oldest.map_or(first, |other| other.min(first)));
             }
         });

@@ -32,6 +32,7 @@ impl ProcessLedger {
     /// The same for a forked child, which has the parent's memory but only one thread.
     pub(super) fn forked(&self, cx: &mut Context<'_>, tgid: u32, start_time: u64) -> Self {
         let mut child = Self { tgid, start_time, leader_exited: false, ..self.clone() };
+        child.stacks.begin_anew(cx.now);
         child.enter(cx.room);
         child.heap.drop_pending(cx, &mut child.stacks);
         child.ranges.drop_pending(cx, &mut child.stacks);

@@ -312,6 +312,11 @@ impl Stacks {
         }
     }
 
+    /// The process is a child that was forked in window `now`.
+    pub fn begin_anew(&mut self, now: Window) {
+        self.counted.iter_mut().for_each(|counted| counted.history = counted.history.forked(now));
+    }
+
     pub fn roll(&mut self, now: Window) {
         self.counted.iter_mut().for_each(|counted| counted.history.roll(now));
     }

@@ -267,7 +267,7 @@ pub fn system() -> Report {
         pid_in_namespace: Some(7),
         ..Labels::default()
     };
-    leak.reason = Some("RSS +24 MiB in 20 s, still rising".to_owned());
+    leak.reason = Some(Reason::Rising { bytes: 24 << 20, seconds: 20.0 });
     let mut calm = steady().processes.remove(0);
     calm.pid = 4321;
     calm.comm = "indexer".to_owned();
@@ -289,16 +289,30 @@ pub fn system() -> Report {
                 pid: 1234,
                 comm: "orders".to_owned(),
                 what: Decided::Promoted,
-                reason: "RSS +24 MiB in 20 s, still rising".to_owned(),
+                reason: Reason::Rising { bytes: 24 << 20, seconds: 20.0 },
             },
             Decision {
                 at_s: 28.0,
                 pid: 88,
                 comm: "postgres".to_owned(),
                 what: Decided::Released,
-                reason: "steady for 60 s".to_owned(),
+                reason: Reason::Steady { seconds: 60.0 },
             },
         ],
+        growing: vec![NewPages {
+            pid: 88,
+            comm: "postgres".to_owned(),
+            bytes_per_s: 70_000.0,
+            faults: 120,
+            stacks: vec![PageStack {
+                faults: 96,
+                share: 0.8,
+                end: StackEnd::Complete,
+                frames: ["memset", "palloc0", "ExecInitNode", "main"]
+                    .map(|name| Frame { function: Some(name.to_owned()), ..Frame::default() })
+                    .into(),
+            }],
+        }],
     });
     report
 }

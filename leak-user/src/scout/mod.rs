@@ -8,12 +8,15 @@ pub mod watch;
 
 use std::collections::{HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::detect::ProcessVerdict;
 use crate::process::ProcessId;
-use crate::view::units::bytes;
 
 /// Seconds that memory must have been rising for, one after the other: a fast leak shows soon, a slow one only over longer.
 const WINDOWS: [f64; 2] = [20.0, 60.0];
+/// Growth through all of so many seconds is worth a look at where it comes from.
+const GLANCE: f64 = 10.0;
 /// Into so many parts a window is divided; the least of each must be above the least of the one before.
 const PARTS: usize = 5;
 /// The least rise of one part over the one before, in bytes: a page.
@@ -50,12 +53,28 @@ pub enum Action {
     Release,
 }
 
-/// What was decided, and why in words.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What was decided, and why.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
     pub id: ProcessId,
     pub action: Action,
-    pub reason: String,
+    pub reason: Reason,
+}
+
+/// Why a process is traced, or is not any more.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Reason {
+    /// Its memory rose by so much in so many seconds, and is still rising.
+    Rising { bytes: u64, seconds: f64 },
+    /// It has been steady for so many seconds.
+    Steady { seconds: f64 },
+    /// That it leaks has been known for so many seconds, and others wait.
+    Settled { seconds: f64 },
+    /// All are traced.
+    All,
+    /// It cannot be traced.
+    Untraceable { error: String },
 }
 
 /// What is known of one process.
@@ -163,6 +182,21 @@ impl Scout {
         }
     }
 
+    /// Processes whose memory rises and of which it is not known what leaks in them, with the growth in bytes a second, the
+    /// fastest first.
+    pub fn unexplained(&self, time: f64) -> Vec<(ProcessId, f64)> {
+        let known =
+            |track: &Track| track.traced.as_ref().is_some_and(|traced| traced.verdict == ProcessVerdict::Leaking);
+        let rises = |track: &Track| {
+            let rise = rise(&track.samples, GLANCE, time).filter(|rise| rise.bytes >= LEAST_GROWTH);
+            rise.or_else(|| track.rise(time)).map(|rise| rise.bytes as f64 / rise.seconds)
+        };
+        let tracks = self.tracks.iter().filter(|(_, track)| !known(track));
+        let mut growing: Vec<(ProcessId, f64)> = tracks.filter_map(|(id, track)| Some((*id, rises(track)?))).collect();
+        growing.sort_by(|(a, ra), (b, rb)| rb.total_cmp(ra).then_with(|| a.cmp(b)));
+        growing
+    }
+
     /// How many are watched, the traced ones included, and how many are traced.
     pub fn counts(&self) -> (usize, usize) {
         (self.tracks.len(), self.traced())
@@ -189,8 +223,7 @@ impl Scout {
             let calm =
                 matches!(traced.verdict, ProcessVerdict::Stable | ProcessVerdict::Plateau | ProcessVerdict::Spike);
             if calm && held >= STEADY && rise(&track.samples, WINDOWS[0], time).is_none() {
-                let reason = format!("steady for {held:.0} s");
-                decisions.push(Decision { id, action: Action::Release, reason });
+                decisions.push(Decision { id, action: Action::Release, reason: Reason::Steady { seconds: held } });
                 track.release();
             }
         }
@@ -208,7 +241,7 @@ impl Scout {
         for (id, rise) in waiting.into_iter().take(free) {
             let track = self.tracks.entry(id).or_default();
             track.traced = Some(Traced { verdict: ProcessVerdict::Warming, since: time });
-            let reason = format!("memory rose by {} in {:.0} s, and is still rising", bytes(rise.bytes), rise.seconds);
+            let reason = Reason::Rising { bytes: rise.bytes, seconds: rise.seconds };
             decisions.push(Decision { id, action: Action::Promote, reason });
         }
         decisions
@@ -228,7 +261,7 @@ impl Scout {
             .collect();
         settled.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
         for (since, id) in settled.into_iter().take(waiting - *free) {
-            let reason = format!("it leaks, as is known for {:.0} s, and others wait", time - since);
+            let reason = Reason::Settled { seconds: time - since };
             decisions.push(Decision { id, action: Action::Release, reason });
             if let Some(track) = self.tracks.get_mut(&id) {
                 track.release();
@@ -341,6 +374,26 @@ mod tests {
         }
         assert_eq!(log[..2], [(3, Action::Promote), (2, Action::Promote)]);
         assert!(log[2..].contains(&(1, Action::Promote)), "{log:?}");
+    }
+
+    /// Who grows is told before it is promoted and while nothing explains it, and no longer once its leak is known.
+    #[test]
+    fn growth_is_unexplained_until_it_is_known() {
+        let mut scout = Scout::new(Limits { most: 1 });
+        let mut told = Vec::new();
+        for second in 0..60_u32 {
+            let time = f64::from(second);
+            scout.sample(id(1), time, u64::from(second) * MIB);
+            scout.sample(id(2), time, 50 * MIB + u64::from(second % 7) * MIB);
+            scout.decide(time);
+            if second == 40 {
+                scout.verdict(id(1), ProcessVerdict::Leaking, time);
+            }
+            told.extend(scout.unexplained(time).into_iter().map(|(id, rate)| (second, id.tgid, rate)));
+        }
+        assert!(told.iter().all(|&(second, tgid, _)| tgid == 1 && (9..=40).contains(&second)), "{told:?}");
+        assert!(told.iter().filter(|&&(second, ..)| second > 12).count() > 25, "{told:?}");
+        assert!(told.iter().all(|&(_, _, rate)| (rate / MIB as f64 - 1.0).abs() < 0.4), "{told:?}");
     }
 
     /// Processes that end leave nothing.

@@ -87,14 +87,30 @@ impl Watch {
                 continue;
             }
             let Ok(id) = ProcessId::current(pid) else { continue };
-            if wants(id) {
-                let statm = if self.processes.len() < OPEN { open(id) } else { None };
-                self.processes.insert(pid, Watched { id, statm });
-            } else {
-                self.unwanted.insert(pid);
-            }
+            self.ask(id, &mut *wants);
         }
         self.young = young;
+    }
+
+    /// A process was started or executed a program: it is looked at now. If it is watched already, `wants` is not asked.
+    pub fn born(&mut self, pid: u32, wants: impl FnOnce(ProcessId) -> bool) {
+        if pid == std::process::id() || self.processes.contains_key(&pid) {
+            return;
+        }
+        // What it was before may not have been wanted.
+        self.unwanted.remove(&pid);
+        if let Ok(id) = ProcessId::current(pid) {
+            self.ask(id, wants);
+        }
+    }
+
+    fn ask(&mut self, id: ProcessId, wants: impl FnOnce(ProcessId) -> bool) {
+        if wants(id) {
+            let statm = if self.processes.len() < OPEN { open(id) } else { None };
+            self.processes.insert(id.tgid, Watched { id, statm });
+        } else {
+            self.unwanted.insert(id.tgid);
+        }
     }
 
     /// Asks again about the processes that were not wanted: a program was executed in one, or its pid was handed out anew.

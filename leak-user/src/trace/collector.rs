@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use leak_common::counter;
 use tokio::sync::mpsc;
 
-use crate::decode::{Event, StackEnd, What, decode};
+use crate::decode::{Event, StackEnd, StackId, What, decode};
 use crate::ledger::Ledger;
 use crate::losses::{Losses, MissedFree, monotonic_now};
 use crate::process::ProcessId;
@@ -41,15 +41,15 @@ const UNFINISHED: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A stack was seen for the first time: take down where its code is while the process lives.
-    Stack { tgid: u32, end: StackEnd, frames: Vec<u64> },
+    Stack { tgid: u32, id: StackId, op: u8, end: StackEnd, frames: Vec<u64> },
     /// A process executed a new program; `tid` is the thread that did.
     Exec { tgid: u32, tid: u32, time: u64 },
     /// A process mapped code.
     MapExec { tgid: u32 },
     /// The first thread of a process ended; others may go on.
     LeaderExit { tgid: u32 },
-    /// A process forked, and its child's ledger has begun as a copy of its own.
-    Fork { parent: u32, child: ProcessId },
+    /// A process forked, and its child's ledger has begun as a copy of its own. No child: it has ended already.
+    Fork { parent: u32, child: Option<ProcessId> },
 }
 
 /// What did not come through the ring.
@@ -219,9 +219,11 @@ impl Core {
                 decoded.push(event);
                 if let What::Fork { child, time, .. } = event.what
                     && followed.contains(&event.tgid)
-                    // It may have ended already.
-                    && let Ok(id) = ProcessId::current(child)
                 {
+                    let Ok(id) = ProcessId::current(child) else {
+                        tell(Notice::Fork { parent: event.tgid, child: None });
+                        continue;
+                    };
                     // Before anything else that its parent does, in the order of the ring.
                     ledger.apply_batch(&decoded);
                     decoded.clear();
@@ -230,7 +232,7 @@ impl Core {
                     let entry = Entry::ForkProcess { parent, child, start_time, time };
                     record(recording, recording_error, entry);
                     recording::apply(ledger, entry);
-                    tell(Notice::Fork { parent, child: id });
+                    tell(Notice::Fork { parent, child: Some(id) });
                 }
             }
             ledger.apply_batch(&decoded);
@@ -266,7 +268,9 @@ fn record(
 fn notice(event: &Event<'_>) -> Option<Notice> {
     let tgid = event.tgid;
     match event.what {
-        What::Stack { end, frames, .. } => Some(Notice::Stack { tgid, end, frames: frames.iter().collect() }),
+        What::Stack { id, op, end, frames, .. } => {
+            Some(Notice::Stack { tgid, id, op, end, frames: frames.iter().collect() })
+        }
         What::Exec { tid, time } => Some(Notice::Exec { tgid, tid, time }),
         What::MapExec { .. } => Some(Notice::MapExec { tgid }),
         What::Exit { tid, .. } if tid == tgid => Some(Notice::LeaderExit { tgid }),

@@ -21,13 +21,15 @@ pub(super) struct EndedChildren {
 }
 
 impl EndedChildren {
-    fn add(&mut self, process: report::Process) {
-        let name = process.exe.as_deref().unwrap_or(&process.comm);
+    fn sum_of(&mut self, name: &str) -> &mut report::EndedProcesses {
         let name = if self.sums.contains_key(name) || self.sums.len() < EXECUTABLES { name } else { "" };
-        let sum = self
-            .sums
+        self.sums
             .entry(name.to_owned())
-            .or_insert_with(|| report::EndedProcesses { exe: name.to_owned(), ..Default::default() });
+            .or_insert_with(|| report::EndedProcesses { exe: name.to_owned(), ..Default::default() })
+    }
+
+    fn add(&mut self, process: report::Process) {
+        let sum = self.sum_of(process.exe.as_deref().unwrap_or(&process.comm));
         sum.count += 1;
         sum.leaking += u64::from(process.verdict == report::Verdict::Leaking);
         sum.live_bytes_at_end = sum.live_bytes_at_end.saturating_add(process.live_bytes);
@@ -45,8 +47,11 @@ impl Run<'_> {
     /// A traced process forked: its child is traced on from here. Its ledger has begun as a copy of the parent's already.
     /// What it frees before its own probes stand (milliseconds) is not seen and stays in its ledger, which does not rise by
     /// that.
-    pub(super) fn follow_child(&mut self, parent: u32, child: ProcessId) {
+    ///
+    /// One that ended before it could be looked at is counted under its parent's executable, and nothing is known of its memory.
+    pub(super) fn follow_child(&mut self, parent: u32, child: Option<ProcessId>) {
         let parent_id = self.targets.iter().find(|target| target.id().tgid == parent).map(Target::id);
+        let Some(child) = child else { return self.count_unseen_child(parent) };
         // It may be known: a pid given by the user, or found by a sweep.
         if self.targets.iter().any(|target| target.id() == child) {
             return;
@@ -55,7 +60,7 @@ impl Run<'_> {
         let Some(mut target) = opened else {
             // It has ended.
             self.collector.core().forget(child.tgid);
-            return;
+            return self.count_unseen_child(parent);
         };
         target.parent = Some(parent);
         if let Some(parent) = parent_id {
@@ -64,6 +69,16 @@ impl Run<'_> {
         if let Err(error) = self.attach(target, false) {
             log::info!("pid {}, a child of {parent}, cannot be traced: {error:#}", child.tgid);
             self.let_go(child);
+        }
+    }
+
+    fn count_unseen_child(&mut self, parent: u32) {
+        let Self { targets, ended_children, .. } = self;
+        // Without its parent there is no name to count it under.
+        if let Some(parent) = targets.iter().find(|target| target.id().tgid == parent) {
+            let process = &parent.process;
+            let exe = process.exe.as_ref().map(|exe| exe.to_string_lossy());
+            ended_children.sum_of(exe.as_deref().unwrap_or(&process.comm)).count += 1;
         }
     }
 
@@ -77,7 +92,8 @@ impl Run<'_> {
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
         let (ended, living): (Vec<_>, Vec<_>) = std::mem::take(&mut self.targets).into_iter().partition(gone);
         self.targets = living;
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let is_ended = |tgid| ended.iter().any(|target| target.id().tgid == tgid);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, is_ended);
         let mut probes = Vec::new();
         for mut target in ended {
             let id = target.id();

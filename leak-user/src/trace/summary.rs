@@ -83,8 +83,8 @@ pub struct Moment {
 }
 
 impl Snapshot {
-    /// Judges all stacks. The core is locked meanwhile: a few microseconds a stack.
-    pub fn take(core: &Core, moment: Moment, config: &Config) -> Self {
+    /// Judges all stacks of the processes that are `wanted`. The core is locked meanwhile: a few microseconds a stack.
+    pub fn take(core: &Core, moment: Moment, config: &Config, wanted: impl Fn(u32) -> bool) -> Self {
         let now = core.ledger.window(moment.now);
         // Windows are numbered from the ledger's first time.
         let origin = core.ledger.first_time().unwrap_or(moment.start);
@@ -92,6 +92,7 @@ impl Snapshot {
         let processes = core
             .ledger
             .processes()
+            .filter(|process| wanted(process.tgid()))
             .map(|process| {
                 let live = Live { total: process.live(), sampled: process.sampled().live };
                 let stacks = process.stacks().filter(|stack| is_wanted(stack, config));

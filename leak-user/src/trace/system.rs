@@ -11,12 +11,13 @@ use crate::losses::monotonic_now;
 use crate::process::{Process, ProcessId};
 use crate::report::{self, Decided};
 use crate::scout::watch::{Resident, Watch};
-use crate::scout::{Action, Decision, Limits, Scout};
+use crate::scout::{Action, Decision, Limits, Reason, Scout};
 use crate::select::{ProcessFacts, Selection};
 
 /// Between two looks at all processes, if a look is cheap.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A look takes at most one part in so many of the time.
+/// A look takes at most one part in so many of the time, by the processor time that it takes: on a busy machine it waits for its turn,
+/// and fewer looks would not make that shorter.
 const SHARE: u32 = 150;
 /// Between two judgements of what is traced.
 const JUDGE_EVERY: Duration = Duration::from_secs(5);
@@ -78,20 +79,13 @@ impl System {
 
     /// Looks at all processes, `time` seconds after the start.
     fn look(&mut self, time: f64) {
-        let start = Instant::now();
+        let (start, used) = (Instant::now(), processor_time());
         if self.asked.elapsed() >= ASK_AGAIN_EVERY {
             self.asked = start;
             self.watch.ask_again();
         }
         let Self { watch, selection, known, all, new, scout, .. } = self;
-        let look = watch.look(|id| {
-            let Some(process) = wanted(id, selection) else { return false };
-            known.insert(id, process);
-            if *all {
-                new.push(id);
-            }
-            true
-        });
+        let look = watch.look(|id| choose(id, selection, known, all.then_some(new)));
         for (id, resident) in look.resident {
             scout.sample(id, time, resident.own);
             if let Some(known) = known.get_mut(&id) {
@@ -105,15 +99,37 @@ impl System {
             scout.forget(id);
             known.remove(&id);
         }
-        self.next_look = start + LOOK_EVERY.max(start.elapsed() * SHARE);
+        self.next_look = start + LOOK_EVERY.max(processor_time().saturating_sub(used) * SHARE);
     }
 
-    fn note(&mut self, time: f64, id: ProcessId, what: Decided, reason: &str) {
+    /// These processes were started, or have executed a program; only with `all`.
+    fn born(&mut self, born: Vec<u32>) {
+        let Self { watch, selection, known, new, .. } = self;
+        for pid in born {
+            watch.born(pid, |id| choose(id, selection, known, Some(&mut *new)));
+        }
+    }
+
+    /// See [`Scout::unexplained`].
+    pub fn unexplained(&self, time: f64) -> Vec<(ProcessId, f64)> {
+        self.scout.unexplained(time)
+    }
+
+    /// Whether the process is watched, and has not ended.
+    pub fn knows(&self, id: ProcessId) -> bool {
+        self.known.contains_key(&id)
+    }
+
+    pub fn comm(&self, id: ProcessId) -> String {
+        self.known.get(&id).map_or_else(String::new, |known| known.comm.clone())
+    }
+
+    fn note(&mut self, time: f64, id: ProcessId, what: Decided, reason: Reason) {
         if self.decisions.len() == DECISIONS {
             self.decisions.pop_front();
         }
-        let comm = self.known.get(&id).map_or_else(String::new, |known| known.comm.clone());
-        self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason: reason.to_owned() });
+        let comm = self.comm(id);
+        self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason });
     }
 
     /// What a report says of it, without what is traced.
@@ -144,6 +160,7 @@ impl System {
                 })
                 .collect(),
             decisions: self.decisions.iter().rev().take(LISTED * 2).rev().cloned().collect(),
+            growing: Vec::new(),
         }
     }
 
@@ -151,6 +168,28 @@ impl System {
     pub fn settled(&self) -> impl Iterator<Item = &report::Process> {
         self.settled.iter()
     }
+}
+
+/// That this thread has used.
+fn processor_time() -> Duration {
+    use nix::time::{ClockId, clock_gettime};
+    // It cannot fail for the thread itself; without it looks would come each second.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+/// Whether this process is selected; notes it if so, also among the new ones.
+fn choose(
+    id: ProcessId,
+    selection: &Selection,
+    known: &mut HashMap<ProcessId, Known>,
+    new: Option<&mut Vec<ProcessId>>,
+) -> bool {
+    let Some(process) = wanted(id, selection) else { return false };
+    known.insert(id, process);
+    if let Some(new) = new {
+        new.push(id);
+    }
+    true
 }
 
 /// What is known of this process if it is selected.
@@ -171,24 +210,24 @@ impl Run<'_> {
     pub(super) fn tend_system(&mut self) {
         let Some(mut system) = self.system.take() else { return };
         let time = self.started.elapsed().as_secs_f64();
+        system.born(self.programs.take_births());
+        for id in std::mem::take(&mut system.new) {
+            self.promote(&mut system, time, &Decision { id, action: Action::Promote, reason: Reason::All });
+        }
         if Instant::now() >= system.next_look {
             system.look(time);
             if system.judged.elapsed() >= JUDGE_EVERY {
                 system.judged = Instant::now();
                 self.judge(&mut system, time);
             }
-            let mut decisions = if system.all { Vec::new() } else { system.scout.decide(time) };
-            decisions.extend(std::mem::take(&mut system.new).into_iter().map(|id| Decision {
-                id,
-                action: Action::Promote,
-                reason: "all are traced".to_owned(),
-            }));
+            let decisions = if system.all { Vec::new() } else { system.scout.decide(time) };
             for decision in decisions {
                 match decision.action {
                     Action::Promote => self.promote(&mut system, time, &decision),
                     Action::Release => self.release(&mut system, time, &decision),
                 }
             }
+            self.tend_pages(&mut system, time);
         }
         self.system = Some(system);
     }
@@ -198,7 +237,7 @@ impl Run<'_> {
             return;
         }
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
-        let snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |_| true);
         for target in &self.targets {
             system.scout.verdict(target.id(), snapshot.verdict(target), time);
         }
@@ -212,15 +251,15 @@ impl Run<'_> {
         target.reason = Some(decision.reason.clone());
         match self.attach(target, true) {
             Ok(()) => {
-                log::info!("pid {}: traced, because {}", id.tgid, decision.reason);
+                log::info!("pid {}: traced: {:?}", id.tgid, decision.reason);
                 system.settled.retain(|process| process.pid != id.tgid);
-                system.note(time, id, Decided::Promoted, &decision.reason);
+                system.note(time, id, Decided::Promoted, decision.reason.clone());
             }
             Err(error) => {
                 self.let_go(id);
                 system.scout.refuse(id);
                 if !system.all {
-                    system.note(time, id, Decided::Released, &format!("it cannot be traced: {error:#}"));
+                    system.note(time, id, Decided::Released, Reason::Untraceable { error: format!("{error:#}") });
                 }
                 log::info!("pid {} cannot be traced: {error:#}", id.tgid);
             }
@@ -229,10 +268,10 @@ impl Run<'_> {
 
     fn release(&mut self, system: &mut System, time: f64, decision: &Decision) {
         let id = decision.id;
-        system.note(time, id, Decided::Released, &decision.reason);
+        system.note(time, id, Decided::Released, decision.reason.clone());
         let Some(place) = self.targets.iter().position(|target| target.id() == id) else { return };
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |tgid| tgid == id.tgid);
         let mut target = self.targets.remove(place);
         let process = snapshot.process(&target, self.started, &mut self.symbols);
         if process.verdict == report::Verdict::Leaking {
@@ -243,11 +282,13 @@ impl Run<'_> {
         }
         crate::attach::detach(target.detach());
         self.let_go(id);
-        log::info!("pid {}: released, because {}", id.tgid, decision.reason);
+        log::info!("pid {}: released: {:?}", id.tgid, decision.reason);
     }
 
     /// Forgets all that is known of a process that is not traced any more.
     pub(super) fn let_go(&mut self, id: ProcessId) {
+        self.programs.forget_pages(id.tgid);
+        self.pages.let_go(id);
         self.programs.remove_target(id.tgid);
         self.sampler.forget(&self.programs, id.tgid);
         self.code.forget(id);

@@ -64,7 +64,7 @@ pub struct Target {
     /// The process that forked it, where it is traced for that.
     pub parent: Option<u32>,
     /// Why it is traced, where nobody asked for it.
-    pub reason: Option<String>,
+    pub reason: Option<report::Reason>,
 }
 
 impl Target {

@@ -29,8 +29,9 @@ const MAX_SEGMENTS: usize = 64;
 /// A build id is 20 bytes as a rule; longer ones are cut off.
 const MAX_BUILD_ID: usize = 64;
 
-/// A page is what mappings begin at (x86-64; other machines have larger ones too).
-const PAGE: u64 = 4096;
+/// The largest page of any machine that Linux runs on, arm64's. Mappings begin at a page; where pages are smaller, what is asked for
+/// lies nearer to its segment and the answer is the same.
+const LARGEST_PAGE: u64 = 64 << 10;
 
 /// The image's bytes: a file's, or those of memory.
 #[derive(Clone, Copy)]
@@ -370,8 +371,9 @@ impl<'a> Sections<'a> {
 pub fn bias(code: &[Code], base: u64, start: u64, offset: u64) -> Option<u64> {
     // A segment is mapped from the beginning of its first page on.
     let in_it = |c: &&Code| offset >= c.offset && offset - c.offset < c.size;
-    let in_first_page = |c: &&Code| c.offset > offset && c.offset - offset < PAGE;
-    let code = code.iter().find(in_it).or_else(|| code.iter().find(in_first_page))?;
+    let in_first_page = |c: &&Code| c.offset > offset && c.offset - offset < LARGEST_PAGE;
+    let next = || code.iter().filter(in_first_page).min_by_key(|c| c.offset);
+    let code = code.iter().find(in_it).or_else(next)?;
     let address = code.address.wrapping_add(offset).wrapping_sub(code.offset);
     Some(start.wrapping_sub(address.wrapping_sub(base)))
 }

@@ -3,9 +3,10 @@
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 
+use super::names::function;
 use super::safe::{cut_end, safe, width};
 use super::units::{bytes, count, duration, rate};
-use crate::report::{Decided, EndedProcesses, Labels, Process, Report, Rss, Sampling, System, Verdict};
+use crate::report::{Decided, EndedProcesses, Labels, NewPages, Process, Report, Rss, Sampling, System, Verdict};
 
 const DIM: Style = Style::new().add_modifier(Modifier::DIM);
 const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
@@ -15,6 +16,10 @@ const CONTAINER_ID: usize = 12;
 /// Watched processes that are listed, and decisions.
 const WATCHED: usize = 10;
 const DECISIONS: usize = 8;
+/// Stacks that are shown of each process that grows, their frames, and columns of each.
+const PAGE_STACKS: usize = 3;
+const PAGE_FRAMES: usize = 6;
+const PAGE_COLUMNS: usize = 32;
 
 /// Columns of the table: heading, and whether numbers stand in it.
 const HEADINGS: [(&str, bool); 9] = [
@@ -79,8 +84,33 @@ pub fn table(out: &mut Vec<Line<'static>>, report: &Report) {
     }));
 }
 
+/// Where those grow that nothing else is known of.
+fn growing(out: &mut Vec<Line<'static>>, growing: &[NewPages]) {
+    if growing.is_empty() {
+        return;
+    }
+    out.push(Line::default());
+    out.push(Line::styled("Growing, and touching new pages in", DIM.add_modifier(Modifier::BOLD)));
+    for process in growing {
+        let name = format!("  {} (pid {}) +{}", safe(&process.comm), process.pid, rate(process.bytes_per_s));
+        out.push(Line::from(name));
+        for stack in process.stacks.iter().take(PAGE_STACKS) {
+            let mut names: Vec<String> =
+                stack.frames.iter().take(PAGE_FRAMES).map(|frame| function(frame, PAGE_COLUMNS)).collect();
+            if names.is_empty() {
+                names.push("??".to_owned());
+            }
+            if stack.frames.len() > PAGE_FRAMES {
+                names.push("...".to_owned());
+            }
+            out.push(Line::from(format!("    {:>3.0} %  {}", stack.share * 100.0, names.join(" < "))));
+        }
+    }
+}
+
 /// What was decided, and who has ended.
 pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
+    growing(out, report.system.as_ref().map_or(&[], |system| &system.growing));
     if let Some(system) = report.system.as_ref().filter(|system| !system.decisions.is_empty()) {
         out.push(Line::default());
         out.push(Line::styled("Decisions", DIM.add_modifier(Modifier::BOLD)));
@@ -94,7 +124,7 @@ pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
                 duration(decision.at_s),
                 safe(&decision.comm),
                 decision.pid,
-                safe(&decision.reason)
+                super::words::reason(&decision.reason)
             )));
         }
     }

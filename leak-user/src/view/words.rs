@@ -2,7 +2,7 @@
 
 use super::names::{culprit, function};
 use super::units::{Rate, about, bytes, duration, estimated_bytes, estimated_plural, plural, rate};
-use crate::report::{Ended, Process, ProcessEnd, Report, Resource, Stack, StackEnd, StackVerdict, Verdict};
+use crate::report::{Ended, Process, ProcessEnd, Reason, Report, Resource, Stack, StackEnd, StackVerdict, Verdict};
 
 /// Counters that tell of what the target did, not of anything lost.
 const NO_LOSS: &[&str] = &["calls_nested", "allocations_failed"];
@@ -87,7 +87,7 @@ pub fn remarks(process: &Process) -> Vec<String> {
         ));
     }
     if let Some(reason) = &process.reason {
-        remarks.push(format!("Traced because: {}.", super::safe(reason)));
+        remarks.push(format!("Traced because {}.", self::reason(reason)));
     }
     if let Some(hint) = &process.hint {
         remarks.push(super::safe(hint));
@@ -96,6 +96,21 @@ pub fn remarks(process: &Process) -> Vec<String> {
         remarks.push(format!("The process ended after {}{}.", duration(end.at_s), status(end)));
     }
     remarks
+}
+
+/// Why a process is traced, or is not any more.
+pub fn reason(reason: &Reason) -> String {
+    match reason {
+        Reason::Rising { bytes: rise, seconds } => {
+            format!("memory rose by {} in {}, and is still rising", bytes(*rise), duration(*seconds))
+        }
+        Reason::Steady { seconds } => format!("it has been steady for {}", duration(*seconds)),
+        Reason::Settled { seconds } => {
+            format!("that it leaks has been known for {}, and others wait", duration(*seconds))
+        }
+        Reason::All => "all are traced".to_owned(),
+        Reason::Untraceable { error } => format!("it cannot be traced: {}", super::safe(error)),
+    }
 }
 
 fn status(end: &ProcessEnd) -> String {

@@ -1,5 +1,6 @@
 //! Which kernels are booted, and where they come from: Debian's packages for virtual machines, in which everything that is needed here
-//! is built in, so that no modules have to be loaded.
+//! is built in, so that no modules have to be loaded. That is so in those with larger pages too, which Debian has for arm64 and only
+//! for real machines: of 16 KiB. There are none of 64 KiB.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,13 +10,14 @@ use anyhow::{Context, Result};
 use super::arch::Arch;
 use super::debian::Suite;
 
-/// What is promised: version (`7` is the newest of 7.x), Debian's suite that has it, and the machines.
-const SUPPORTED: [(&str, &str, &[Arch]); 5] = [
+/// What is promised: version (`7` is the newest of 7.x, `7-16k` the one with such pages), Debian's suite that has it, and the machines.
+const SUPPORTED: [(&str, &str, &[Arch]); 6] = [
     ("5.10", "bullseye", &Arch::ALL),
     ("6.1", "bookworm", &Arch::ALL),
     ("6.12", "trixie", &Arch::ALL),
     ("6.16", "trixie-backports", &[Arch::X86_64]),
     ("7", "trixie-backports", &Arch::ALL),
+    ("7-16k", "trixie-backports", &[Arch::Aarch64]),
 ];
 
 /// Has many versions, each for a while; those that are not promised are looked for there.
@@ -25,7 +27,7 @@ const OTHERS: &str = "trixie-backports";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
     pub arch: Arch,
-    /// As it was asked for, such as `6.1`.
+    /// As it was asked for, such as `6.1` or `7-16k`.
     pub version: String,
     suite: &'static str,
 }
@@ -92,10 +94,13 @@ struct Package {
     release: String,
 }
 
-/// The newest package of `version` (a whole one, or its first numbers) for virtual machines.
+/// The newest package of `version` (a whole one, or its first numbers) for virtual machines, or with the pages that stand behind it.
 fn newest(names: &[String], version: &str, arch: Arch) -> Result<Package> {
+    let (version, suffix) = match version.split_once('-') {
+        None => (version, format!("-cloud-{}", arch.debian())),
+        Some((version, pages)) => (version, format!("-{}-{pages}", arch.debian())),
+    };
     let wanted = numbers(version);
-    let suffix = format!("-cloud-{}", arch.debian());
     let fitting = names.iter().filter_map(|name| {
         let release = name.strip_prefix(BINARY).or_else(|| name.strip_prefix(IMAGE))?;
         let numbers = numbers(release.strip_suffix(&suffix)?);
@@ -137,6 +142,21 @@ mod tests {
         assert_eq!(newest_of("6.2", &names), None);
     }
 
+    /// Pages of another size are taken where they are asked for, and only there.
+    #[test]
+    fn package_with_larger_pages() {
+        let names = [
+            "linux-binary-7.3.4+deb13-arm64-16k",
+            "linux-image-7.3.4+deb13-arm64-16k-dbg",
+            "linux-binary-7.3.3-cloud-arm64",
+        ]
+        .map(str::to_owned);
+        let newest_of = |version| newest(&names, version, Arch::Aarch64).ok().map(|package| package.release);
+        assert_eq!(newest_of("7-16k").as_deref(), Some("7.3.4+deb13-arm64-16k"));
+        assert_eq!(newest_of("7").as_deref(), Some("7.3.3-cloud-arm64"));
+        assert_eq!(newest_of("7-64k"), None);
+    }
+
     /// Where a release is in two packages, the one with the image is taken; the one that is not signed is not.
     #[test]
     fn package_with_the_image() {
@@ -155,7 +175,7 @@ mod tests {
             let versions: Vec<String> = versions.iter().map(|version| (*version).to_owned()).collect();
             Kernel::choose(&versions, archs).into_iter().map(|k| (k.arch.name(), k.version)).collect()
         };
-        assert_eq!(chosen(&[], &[]).len(), 9);
+        assert_eq!(chosen(&[], &[]).len(), 10);
         assert_eq!(chosen(&["6.16"], &[]), [("x86_64", "6.16".to_owned())]);
         assert_eq!(
             chosen(&["6.1", "6.19"], &[Arch::Aarch64]),

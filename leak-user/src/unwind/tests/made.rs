@@ -461,8 +461,9 @@ fn calls(starts: [usize; 3], functions: &[u8]) -> Vec<u8> {
 fn bias_of_mappings() {
     let table = table(&Frames::one(b""), Rows::Full);
     assert_eq!(table.bias_for(0x7000_1000, CODE_OFFSET), Some(0x7000_0000));
-    assert_eq!(table.bias_for(0x10_0000_0000, 0), None);
     assert_eq!(table.bias_for(0x10_0000_0000, 0x5000), None);
+    // Where pages are larger the mapping begins before the segment.
+    assert_eq!(table.bias_for(0x7000_0000, 0), Some(0x7000_0000));
     // A segment that begins in the middle of a page, as lld lays them out.
     let mut bytes = Elf::new(&[0x90; 0x3000], b"").bytes();
     let header = 64 + 56;
@@ -471,6 +472,11 @@ fn bias_of_mappings() {
     let table = Table::of_bytes(&bytes, Rows::Full).expect("a table");
     assert_eq!(table.bias_for(0x7000_3000, CODE_OFFSET), Some(0x7000_0000));
     assert_eq!(table.bias_for(0x7000_4000, CODE_OFFSET + 0x1000), Some(0x7000_0000));
+    // One that begins so far into the file that no page holds the beginning of both.
+    bytes[header + 8..header + 16].copy_from_slice(&0x1_2000_u64.to_le_bytes());
+    let table = Table::of_bytes(&bytes, Rows::Full).expect("a table");
+    assert_eq!(table.bias_for(0x10_0000_0000, 0), None);
+    assert!(table.bias_for(0x10_0000_0000, 0x1_0000).is_some());
 }
 
 /// Where in a file the field of a program or section header is that says how large something is.
