@@ -6,10 +6,11 @@
 #![no_std]
 
 pub mod ring;
+pub mod sampling;
 pub mod unwind;
 
 /// Changes whenever a record, a map value or the meaning of a field changes. A recorded stream carries it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// The most return addresses that a stack record carries.
 pub const MAX_FRAMES: usize = 127;
@@ -48,7 +49,8 @@ pub mod kind {
     pub const MAP_EXEC: u8 = 15;
 }
 
-/// Bits of [`Header::flags`].
+/// Bits of [`Header::flags`]. In [`Alloc`] and [`ReallocEnd`] it is not bits but the code of the interval that the block was
+/// sampled with ([`sampling::Interval`]).
 pub mod flag {
     /// A mapping of a file (otherwise it is anonymous).
     pub const FILE: u16 = 1;
@@ -67,7 +69,7 @@ pub struct Header {
     pub kind: u8,
     /// The allocator function, one of [`op`]; zero where it means nothing.
     pub op: u8,
-    /// Bits of [`flag`].
+    /// Bits of [`flag`], or the code of an interval.
     pub flags: u16,
     /// The process (thread group), in the initial pid namespace.
     pub tgid: u32,
@@ -305,6 +307,10 @@ pub mod counter {
     pub const FRAMES_WALKED: u32 = 13;
     /// Frames that were the same as in the thread's stack before, and were verified instead.
     pub const FRAMES_REUSED: u32 = 14;
+    /// Sampled allocations that were not followed because the map of their addresses was full, and the bytes that they stand for:
+    /// the interval, or their size where that is more.
+    pub const ADDRESSES_FULL: u32 = 20;
+    pub const ADDRESSES_FULL_BYTES: u32 = 21;
     /// How many slots there are.
     pub const COUNT: u32 = 24;
 }

@@ -170,8 +170,11 @@ pub struct Target {
     pub ranges: u32,
     /// Where the kernel's return probes make functions return to, zero if that is not known.
     pub trampoline: u64,
+    /// Where in the map of settings its sampling is.
+    pub sampling: u32,
+    pub reserved: u32,
 }
-const _: () = assert!(size_of::<Target>() == 16);
+const _: () = assert!(size_of::<Target>() == 24);
 
 #[cfg(test)]
 mod tests {

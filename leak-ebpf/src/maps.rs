@@ -5,6 +5,7 @@ use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
 use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
+use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
 use leak_common::{Clock, MissedFree, PageKey, counter};
 
@@ -26,6 +27,16 @@ pub static POSITIONS: Array<Positions> = Array::with_max_entries(1, BPF_F_MMAPAB
 /// Processes (thread groups) to trace, and where the ranges of their code are.
 #[map]
 pub static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
+
+/// How each traced process is sampled (`leak_common::sampling::Sampling`). Apart from [`TARGETS`], so that programs read it by a
+/// load and no call, and mapped by user space, so that it changes by a store.
+#[map]
+pub static SAMPLINGS: Array<u64> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
+
+/// Sampled blocks that are live, with the time of their allocation. Where frees are filtered, a free of any other address is nothing
+/// to user space.
+#[map]
+pub static ADDRESSES: HashMap<Address, u64> = HashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
 
 /// State of each traced thread: a thread's slot is the one that the low bits of its id name, so that finding it is a load
 /// and no call. Not per CPU: uprobe programs run with migration disabled only and can be preempted by another task's on
@@ -268,6 +279,52 @@ pub fn count_many(which: u32, by: u64) {
     if let Some(cell) = COUNTERS.get_ptr_mut(which) {
         atomic_add(cell, by);
     }
+}
+
+/// How a process is sampled, and where that stands; `None` where it is not traced.
+#[inline(always)]
+pub fn sampling_of(tgid: u32) -> Option<(u32, Sampling)> {
+    let target = TARGETS.get_ptr(tgid)?;
+    // SAFETY: a valid map value.
+    let place = unsafe { (*target).sampling };
+    Some((place, sampling_at(place)))
+}
+
+/// What stands at a place of the settings.
+#[inline(always)]
+pub fn sampling_at(place: u32) -> Sampling {
+    SAMPLINGS.get_ptr(place).map_or(Sampling(0), |word| {
+        // SAFETY: a valid map value; one aligned word.
+        Sampling(unsafe { core::ptr::read_volatile(word) })
+    })
+}
+
+/// Remembers that a block is followed. Where there is no room it must not be: its free would end in the kernel.
+#[inline(never)]
+pub fn keep_address(tgid: u32, addr: u64, time: u64) -> bool {
+    ADDRESSES.insert(Address { tgid, reserved: 0, addr }, time, 0).is_ok()
+}
+
+/// A sampled allocation of so many bytes is lost for want of room.
+#[inline(never)]
+pub fn count_unkept(interval: u64, size: u64) -> u64 {
+    let stands_for = Interval::from_code(interval as u8).bytes();
+    count(counter::ADDRESSES_FULL);
+    count_many(counter::ADDRESSES_FULL_BYTES, if size > stands_for { size } else { stands_for });
+    0
+}
+
+/// Takes a block out of those that are followed; false where it is none.
+#[inline(always)]
+pub fn take_address(tgid: u32, addr: u64) -> bool {
+    let address = Address { tgid, reserved: 0, addr };
+    // Looked up first: that takes no lock, and most are not there.
+    if ADDRESSES.get_ptr(address).is_none() {
+        return false;
+    }
+    // Should it stay, a later free of the address is sent for nothing.
+    let _ = ADDRESSES.remove(address);
+    true
 }
 
 /// Whether this process is traced.

@@ -5,10 +5,13 @@
 //! exception, longjmp) is replaced by the next call that is not below it, or once it is older than [`STALE_NS`].
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
 use leak_common::counter;
+use leak_common::sampling::{Interval, Sampling};
 
-use crate::maps::{OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, count, is_target};
+use crate::maps::{OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, count, has_loop, sampling_at, sampling_of};
+use crate::returns;
 use crate::stack::Walk;
 
 /// After this long a call in flight is taken as abandoned. Without it, one that never returned would make every deeper
@@ -37,17 +40,55 @@ pub struct Thread {
     pub stack: u64,
     pub time: u64,
     pub call: SystemCall,
-    /// Where the breakpoint of the allocation function stood that was entered last, and its shape; the same for free.
-    /// Both are what a session program would have to ask the kernel for, at the price of a call each.
-    pub alloc_pc: u64,
-    pub alloc_shape: u64,
+    /// Whether the recorded call was announced as one that resizes a block ([`leak_common::ReallocBegin`]).
+    pub resizes: u64,
+    /// The interval that the recorded call was sampled with, or [`UNSAMPLED`].
+    pub interval: u64,
+    /// Bytes until the next sample, and the interval that they were drawn with.
+    pub countdown: u64,
+    pub countdown_interval: u64,
+    /// Where in the settings the process's sampling stands; checked at each use.
+    pub sampling: u32,
+    /// Calls that were not sampled.
+    pub unsampled: u32,
+    /// Stack pointer at the entry of the last call whose return nobody waits for, and where it returns to; zero if there is none.
+    pub skipped_sp: u64,
+    pub skipped_caller: u64,
+    /// Where the breakpoint of free stood last. This, and what is known of allocation functions, a session program would have to
+    /// ask the kernel for, at the price of a call each.
     pub free_pc: u64,
+    pub known: [Known; KNOWN],
     pub walk: Walk,
     /// Keeps the last words of this slot and the first of the next out of one cache line (of one pair of lines: they are
     /// fetched in pairs), as threads are often in neighbouring slots. An alignment would not do: an array map's values begin
     /// where its header ends.
     pub apart: [u64; 16],
 }
+
+/// In place of an interval: the recorded call is not sampled.
+pub const UNSAMPLED: u64 = 1 << 8;
+
+/// How many allocation functions a thread remembers; a power of two.
+pub const KNOWN: usize = 8;
+
+/// What is known of an allocation function.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Known {
+    /// Where its breakpoint stands; zero: nothing is known.
+    pub pc: u64,
+    /// `leak_common::op`.
+    pub shape: u32,
+    /// How many of its calls in this thread were watched to the end while none was made inside them, up to [`QUIET`]; [`NESTS`] once
+    /// one was.
+    pub quiet: u32,
+}
+
+/// After so many calls a function is taken for one that calls no other that is probed. Until then, and each so many times after
+/// that, its return is waited for even where the call is not sampled: otherwise a call made inside it would be taken for one of its
+/// own, and drawn for a second time.
+pub const QUIET: u32 = 64;
+pub const NESTS: u32 = u32::MAX;
 
 /// A mapping system call between its entry and its exit.
 #[repr(C)]
@@ -112,9 +153,7 @@ pub fn current_or_new(ids: Ids) -> Option<&'static mut Thread> {
 
 #[inline(never)]
 pub fn new(ids: Ids) -> Option<&'static mut Thread> {
-    if !is_target(ids.tgid) {
-        return None;
-    }
+    let (sampling, _) = sampling_of(ids.tgid)?;
     let slot = slot_of(ids.tid);
     // Inserting is the lock: of several threads with this slot one succeeds.
     if OWNERS.insert(slot, ids.tid, u64::from(BPF_NOEXIST)).is_ok() {
@@ -122,6 +161,7 @@ pub fn new(ids: Ids) -> Option<&'static mut Thread> {
         // SAFETY: a valid map value that is this thread's from here on.
         let thread = unsafe { &mut *thread };
         thread.reset();
+        thread.sampling = sampling;
         thread.tgid = ids.tgid;
         thread.tid = ids.tid;
         return Some(thread);
@@ -137,6 +177,7 @@ pub fn new(ids: Ids) -> Option<&'static mut Thread> {
     let thread = unsafe { &mut *thread };
     thread.tid = ids.tid;
     thread.tgid = ids.tgid;
+    thread.sampling = sampling;
     Some(thread)
 }
 
@@ -167,8 +208,12 @@ impl Thread {
         self.pc = 0;
         self.caller = 0;
         self.call.number = 0;
-        self.alloc_pc = 0;
+        self.countdown_interval = 0;
+        self.skipped_sp = 0;
         self.free_pc = 0;
+        for known in &mut self.known {
+            known.pc = 0;
+        }
         self.walk.forget();
     }
 
@@ -178,9 +223,120 @@ impl Thread {
         sp < self.sp && now.wrapping_sub(self.time) < STALE_NS
     }
 
-    /// Whether an allocator call is in flight.
+    /// Whether an allocator call is in flight, for one that is made with this stack pointer.
     #[inline(always)]
-    pub fn in_allocator(&self, now: u64) -> bool {
-        self.sp != 0 && now.wrapping_sub(self.time) < STALE_NS
+    pub fn in_allocator(&self, sp: u64, now: u64) -> bool {
+        if self.sp != 0 {
+            return now.wrapping_sub(self.time) < STALE_NS;
+        }
+        // Of the call whose return nobody waits for: as long as it lasts its return address stands where it was. Whatever its
+        // caller calls next puts another one there.
+        if self.skipped_sp == 0 || sp >= self.skipped_sp {
+            return false;
+        }
+        // Somebody else may wait for it, so that a trampoline stands there: another tracer, or a link of ours for another process,
+        // which the kernel asks too and takes the silence of for a wish to see the return.
+        caller(self.skipped_sp) == self.skipped_caller
+            || (has_loop() && returns::pending(self.skipped_sp) == self.skipped_caller)
     }
+
+    /// How the thread's process is sampled.
+    #[inline(always)]
+    pub fn process_sampling(&mut self) -> Sampling {
+        let sampling = sampling_at(self.sampling);
+        if sampling.tgid() == self.tgid { sampling } else { Sampling(self.find_sampling()) }
+    }
+
+    /// The process was given another place. As it is no more, everything is sent.
+    #[inline(never)]
+    fn find_sampling(&mut self) -> u64 {
+        let Some((place, sampling)) = sampling_of(self.tgid) else { return 0 };
+        self.sampling = place;
+        if sampling.tgid() == self.tgid { sampling.0 } else { 0 }
+    }
+
+    /// Whether an allocation of this size is sampled.
+    #[inline(always)]
+    pub fn samples(&mut self, interval: Interval, size: u64) -> bool {
+        // An empty block is sampled as one of a byte.
+        let size = if size == 0 { 1 } else { size };
+        if self.countdown_interval == u64::from(interval.code()) && size < self.countdown {
+            self.countdown -= size;
+            return false;
+        }
+        self.draw(u64::from(interval.code()), size) != 0
+    }
+
+    #[inline(never)]
+    fn draw(&mut self, interval: u64, size: u64) -> u64 {
+        if self.countdown_interval != interval {
+            // What was left was drawn with another interval. Anew: what has been counted down does not matter, since the
+            // distribution has no memory.
+            self.countdown_interval = interval;
+            self.countdown = draw(interval);
+            if size < self.countdown {
+                self.countdown -= size;
+                return 0;
+            }
+        }
+        self.countdown = draw(interval);
+        1
+    }
+
+    /// What is known of the function whose breakpoint stands there, or its place.
+    #[inline(always)]
+    pub fn known(&mut self, pc: u64) -> &mut Known {
+        &mut self.known[((pc >> 4) ^ (pc >> 7)) as usize & (KNOWN - 1)]
+    }
+
+    /// A call was made inside the recorded one.
+    #[inline(always)]
+    pub fn nests(&mut self) {
+        let pc = self.pc;
+        let known = self.known(pc);
+        if known.pc == pc {
+            known.quiet = NESTS;
+        }
+    }
+
+    /// The recorded call has ended.
+    #[inline(always)]
+    pub fn was_quiet(&mut self) {
+        let pc = self.pc;
+        let known = self.known(pc);
+        if known.pc == pc && known.quiet < QUIET {
+            known.quiet += 1;
+        }
+    }
+
+    /// Whether the return of this call, which is not sampled, need not be waited for.
+    #[inline(always)]
+    pub fn may_skip(&mut self, pc: u64) -> bool {
+        let known = self.known(pc);
+        let quiet = known.pc == pc && known.quiet == QUIET;
+        self.unsampled = self.unsampled.wrapping_add(1);
+        quiet && !self.unsampled.is_multiple_of(QUIET)
+    }
+
+    /// Nobody waits for the return of the call entered at `sp`.
+    #[inline(always)]
+    pub fn skip(&mut self, sp: u64) {
+        self.skipped_caller = caller(sp);
+        self.skipped_sp = sp;
+    }
+}
+
+/// Bytes until the next sample.
+#[inline(always)]
+fn draw(interval: u64) -> u64 {
+    // SAFETY: no arguments.
+    let random = unsafe { bpf_get_prandom_u32() } as u32;
+    Interval::from_code(interval as u8).draw(random)
+}
+
+/// The word on the stack that a call puts its return address into. Zero, which is no address, where it cannot be read.
+#[inline(always)]
+fn caller(sp: u64) -> u64 {
+    // SAFETY: a bad address is an error result.
+    unsafe { bpf_probe_read_user(sp as *const u64) }.unwrap_or(0)
 }

@@ -1,5 +1,5 @@
-//! `floor PID [allocator]`: empty programs at the places in PID that leaktrace would choose, and where it would watch mapping
-//! calls unless `allocator` is given, until the standard input is closed or a signal comes. `cargo xtask bench` compares
+//! `floor PID [allocator|entries]`: empty programs at the places in PID that leaktrace would choose, and where it would watch mapping
+//! calls unless `allocator` is given; with `entries` the returns of functions are left out. They stay until the standard input is closed or a signal comes. `cargo xtask bench` compares
 //! leaktrace with this: nothing that watches the same calls can be faster.
 
 use std::io::{Read as _, stdin};
@@ -10,11 +10,12 @@ use leak_user::discover::Discovery;
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
-    let pid = args.next().context("usage: floor PID [allocator]")?;
-    let mappings = match args.next().as_deref() {
-        None => true,
-        Some("allocator") => false,
-        Some(other) => bail!("failed to read {other:?}: usage: floor PID [allocator]"),
+    let pid = args.next().context("usage: floor PID [allocator|entries]")?;
+    let (mappings, returns) = match args.next().as_deref() {
+        None => (true, true),
+        Some("allocator") => (false, true),
+        Some("entries") => (true, false),
+        Some(other) => bail!("failed to read {other:?}: usage: floor PID [allocator|entries]"),
     };
     let pid: u32 = pid.parse().with_context(|| format!("failed to read the pid {pid:?}"))?;
     let floor = Floor::load()?;
@@ -29,7 +30,7 @@ fn main() -> Result<()> {
     for file in &files {
         let points = file.points.iter().map(|point| Point { shape: point.op(), offset: point.offset }).collect();
         let places = Places { file: file.path_for_attach(), points };
-        probes.push(floor.attach(pid, &places)?);
+        probes.push(floor.attach(pid, &places, returns)?);
         eprintln!("{} empty probes in {} ({:?} links)", places.points.len(), file.path.display(), floor.kind());
     }
     let _ = stdin().read_to_end(&mut Vec::new());

@@ -203,6 +203,10 @@ pub struct TraceFlags {
     #[arg(long, value_enum, value_name = "WHAT", value_delimiter = ',', hide = true)]
     pub without: Vec<Feature>,
 
+    /// What to sample with from each SIGUSR1 on, in turn; for tests of the way from one to another
+    #[arg(long, value_name = "exact|SIZE", value_delimiter = ',', hide = true)]
+    pub resample: Vec<String>,
+
     /// More about what is done, to the standard error; twice for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,

@@ -7,6 +7,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use leak_common::sampling::Interval;
+
 pub use crate::cli::Format;
 use crate::cli::{Feature, Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
 use crate::discover::Named;
@@ -42,6 +44,8 @@ pub struct Config {
     /// Growing stacks to list for each process, at least 1.
     pub top: usize,
     pub sampling: Sampling,
+    /// What comes after it, one at each SIGUSR1.
+    pub resample: Vec<Sampling>,
     /// Bytes; smaller allocations are left out in the kernel.
     pub min_size: u64,
     /// Bytes; larger allocations are left out in the kernel. Not below `min_size`.
@@ -79,8 +83,23 @@ pub enum Target {
 /// Which allocations are followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sampling {
+    /// All of them at first, and then as many as the overhead allows.
+    Auto,
     /// All of them.
     Exact,
+    /// One in so many bytes, on average.
+    Every(Interval),
+}
+
+impl Sampling {
+    /// The interval that every process is sampled with; `None` where that is for each to be chosen.
+    pub fn interval(self) -> Option<Interval> {
+        match self {
+            Self::Auto => None,
+            Self::Exact => Some(Interval::EXACT),
+            Self::Every(interval) => Some(interval),
+        }
+    }
 }
 
 /// How call stacks are taken.
@@ -148,6 +167,7 @@ impl Config {
         if let Some(percent) = &flags.max_overhead {
             return Err(max_overhead(percent));
         }
+        let resample = flags.resample.iter().map(|value| sampling(value)).collect::<Result<_, _>>()?;
         let sampling = sampling(&flags.sample)?;
         let output = flags.output.map(|path| file("--output", path)).transpose()?;
         let record = flags.record.map(|path| file("--record", path)).transpose()?;
@@ -162,6 +182,7 @@ impl Config {
             output,
             top: top(&flags.top)?,
             sampling,
+            resample,
             min_size: min_size.unwrap_or(0),
             max_size: max_size.unwrap_or(u64::MAX),
             older_than: flags
@@ -312,14 +333,19 @@ fn parse_size(value: &str) -> Option<u64> {
     (shift > 0 && bytes < SIZE_MAX as f64 * 2.0).then_some(bytes as u64)
 }
 
+/// Means between samples: from the smallest block that allocators hand out.
+const SAMPLE: RangeInclusive<u64> = 16..=16 << 30;
+
 fn sampling(value: &str) -> Result<Sampling, UsageError> {
     match value {
-        "auto" | "exact" => Ok(Sampling::Exact),
-        _ if parse_size(value).is_some_and(|size| (1..=SIZE_MAX).contains(&size)) => Err(UsageError::not_yet(
-            &format!("--sample {value}"),
-            "every allocation is followed; leave it out, or say 'exact'",
-        )),
-        _ => Err(UsageError::value("--sample", value, "must be auto, exact, or a size such as 512K")),
+        "auto" => Ok(Sampling::Auto),
+        "exact" => Ok(Sampling::Exact),
+        _ => parse_size(value)
+            .filter(|size| SAMPLE.contains(size))
+            .map(|size| Sampling::Every(Interval::near(size)))
+            .ok_or_else(|| {
+                UsageError::value("--sample", value, "must be auto, exact, or a size from 16 to 16GiB, such as 512K")
+            }),
     }
 }
 
@@ -391,7 +417,8 @@ mod tests {
                 format: Format::Text,
                 output: None,
                 top: 10,
-                sampling: Sampling::Exact,
+                sampling: Sampling::Auto,
+                resample: Vec::new(),
                 min_size: 0,
                 max_size: u64::MAX,
                 older_than: Duration::ZERO,
@@ -575,9 +602,22 @@ mod tests {
     /// An option whose feature does not exist yet says so instead of doing nothing.
     #[test]
     fn what_is_not_in_this_version() {
-        for args in [["--sample", "512K"], ["--max-overhead", "2%"]] {
-            let text = check(&[args[0], args[1], "-p", "7"]).unwrap_err().to_string();
-            assert!(text.contains("not in this version") && text.contains(args[0]) && text.contains(args[1]), "{text}");
+        let args = ["--max-overhead", "2%"];
+        let text = check(&[args[0], args[1], "-p", "7"]).unwrap_err().to_string();
+        assert!(text.contains("not in this version") && text.contains(args[0]) && text.contains(args[1]), "{text}");
+    }
+
+    /// Every way to say how many allocations are followed; sizes as everywhere, within bounds.
+    #[test]
+    fn sampling_intervals() {
+        let sampling = |value| config(&["--sample", value, "-p", "7"]).sampling;
+        assert_eq!((sampling("auto"), sampling("exact")), (Sampling::Auto, Sampling::Exact));
+        for (value, bytes) in [("16", 16), ("512K", 512 << 10), ("1.5MiB", 3 << 19), ("16GiB", 16 << 30)] {
+            assert_eq!(sampling(value), Sampling::Every(Interval::near(bytes)));
+        }
+        for value in ["15", "17GiB", "-1", "often", "512Q", ""] {
+            let text = check(&[&format!("--sample={value}"), "-p", "7"]).unwrap_err().to_string();
+            assert!(text.contains("--sample") && text.contains("from 16 to 16GiB"), "{text}");
         }
     }
 

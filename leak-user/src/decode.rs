@@ -2,6 +2,7 @@
 //! panic. What an event means is the ledger's business.
 
 use bytes::Buf;
+use leak_common::sampling::Interval;
 use leak_common::{MAX_FRAMES, flag, kind, stack_end};
 
 /// Hash of a call stack's return addresses, as the kernel side computed it.
@@ -92,10 +93,10 @@ pub struct Event<'a> {
 /// What happened. The fields are those of the records in `leak_common`, which say what they mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What<'a> {
-    Alloc { addr: u64, size: u64, stack: StackId, time: u64 },
+    Alloc { addr: u64, size: u64, stack: StackId, time: u64, interval: Interval },
     Free { addr: u64, time: u64 },
     ReallocBegin { tid: u32, addr: u64, time: u64 },
-    ReallocEnd { tid: u32, addr: u64, size: u64, stack: StackId, time: u64 },
+    ReallocEnd { tid: u32, addr: u64, size: u64, stack: StackId, time: u64, interval: Interval },
     Stack { id: StackId, end: StackEnd, op: u8, by_frame_pointers: bool, frames: Frames<'a> },
     Map { addr: u64, size: u64, stack: StackId, time: u64, file: bool, in_allocator: bool },
     Unmap { tid: u32, addr: u64, size: u64, time: u64 },
@@ -119,11 +120,14 @@ pub fn decode(record: &[u8]) -> Result<Event<'_>, Error> {
     let op = r.get_u8();
     let flags = r.get_u16_ne();
     let tgid = r.get_u32_ne();
+    // In records of allocations. Every byte is an interval; no interval has another.
+    let interval = Interval::from_code(flags as u8);
     let need = |r: &[u8], n: usize| if r.len() < n { Err(Error::Truncated) } else { Ok(()) };
     let what = match kind {
         kind::ALLOC => {
             need(r, 32)?;
-            What::Alloc { addr: r.get_u64_ne(), size: r.get_u64_ne(), stack: r.get_u64_ne(), time: r.get_u64_ne() }
+            let (addr, size, stack, time) = (r.get_u64_ne(), r.get_u64_ne(), r.get_u64_ne(), r.get_u64_ne());
+            What::Alloc { addr, size, stack, time, interval }
         }
         kind::FREE => {
             need(r, 16)?;
@@ -139,7 +143,7 @@ pub fn decode(record: &[u8]) -> Result<Event<'_>, Error> {
             let (addr, size, stack, time) = (r.get_u64_ne(), r.get_u64_ne(), r.get_u64_ne(), r.get_u64_ne());
             let tid = r.get_u32_ne();
             if kind == kind::REALLOC_END {
-                What::ReallocEnd { tid, addr, size, stack, time }
+                What::ReallocEnd { tid, addr, size, stack, time, interval }
             } else {
                 What::RemapEnd { tid, addr, size, stack, time }
             }

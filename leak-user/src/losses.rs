@@ -21,7 +21,7 @@ pub struct MissedFree {
 }
 
 /// Names of the counters in the report, with their slots.
-pub const NAMES: [(&str, u32); 14] = [
+pub const NAMES: [(&str, u32); 16] = [
     ("allocations_ring_full", counter::RING_FULL_ALLOC),
     ("frees_ring_full", counter::RING_FULL_FREE),
     ("frees_lost", counter::FREE_LOST),
@@ -36,6 +36,8 @@ pub const NAMES: [(&str, u32); 14] = [
     ("results_unreadable", counter::BAD_RESULT),
     ("frames_unwound", counter::FRAMES_WALKED),
     ("frames_reused", counter::FRAMES_REUSED),
+    ("sampled_blocks_no_room", counter::ADDRESSES_FULL),
+    ("sampled_bytes_no_room", counter::ADDRESSES_FULL_BYTES),
 ];
 
 /// The name in the report of what [`Skipped`] counts.

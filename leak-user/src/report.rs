@@ -271,9 +271,18 @@ pub struct Process {
     pub verdict: Verdict,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,
+    /// Mean bytes between samples at the time of the report; `null`: every allocation is followed.
+    #[serde(default)]
+    pub interval_bytes: Option<u64>,
     /// Bytes allocated while traced and not freed.
     pub live_bytes: u64,
     pub live_count: u64,
+    /// 95 % intervals of the two, where some of it is estimated from samples. That of the count is too narrow where most blocks are
+    /// so small (a hundredth of the interval) that few of them were seen.
+    #[serde(default)]
+    pub live_bytes_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub live_count_ci95: Option<[u64; 2]>,
     pub rss: Rss,
     /// Growth of the growing stacks over the growth of RSS; `null` where RSS does not grow or no stack does.
     pub explained_growth_ratio: Option<f64>,
@@ -354,6 +363,15 @@ pub struct Stack {
     pub allocated_bytes: u64,
     /// Bytes of these that were freed again.
     pub freed_bytes: u64,
+    /// 95 % intervals of these four, where they are estimated from samples.
+    #[serde(default)]
+    pub live_bytes_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub live_count_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub allocated_bytes_ci95: Option<[u64; 2]>,
+    #[serde(default)]
+    pub freed_bytes_ci95: Option<[u64; 2]>,
     /// Age of the oldest live block, seconds.
     pub oldest_age_s: Option<f64>,
     pub growth: Growth,
@@ -572,10 +590,34 @@ mod tests {
         }
     }
 
+    /// What is estimated has its interval under keys of its own, and what is not has null there.
+    #[test]
+    fn keys_of_estimates() {
+        let [exact, sampled] =
+            [sample::leaking(), sample::sampled()].map(|report| serde_json::to_value(report).unwrap());
+        assert_eq!(
+            (&sampled["mode"]["sampling"], &sampled["mode"]["interval_bytes"]),
+            (&"bytes".into(), &524_288.into())
+        );
+        assert_eq!(sampled["processes"][0]["interval_bytes"], 524_288);
+        assert_eq!(exact["processes"][0]["interval_bytes"], Value::Null);
+        let numbers = ["live_bytes", "live_count", "allocated_bytes", "freed_bytes"];
+        let of = |report: &Value, key: &str| {
+            let process = &report["processes"][0];
+            let all = [process, &process["stacks"][0]].map(|part| part.get(key).cloned());
+            all.into_iter().flatten().collect::<Vec<_>>()
+        };
+        for key in numbers.map(|number| format!("{number}_ci95")) {
+            let (of_exact, of_sampled) = (of(&exact, &key), of(&sampled, &key));
+            assert!(!of_exact.is_empty() && of_exact.iter().all(Value::is_null), "{key}");
+            assert!(of_sampled.iter().all(|interval| interval.as_array().is_some_and(|ends| ends.len() == 2)), "{key}");
+        }
+    }
+
     /// A report survives being written and read again, and what is unknown stays unknown.
     #[test]
     fn round_trip() {
-        for report in [sample::leaking(), sample::steady(), sample::warming()] {
+        for report in [sample::leaking(), sample::steady(), sample::warming(), sample::sampled()] {
             let text = serde_json::to_string(&report).unwrap();
             assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
         }

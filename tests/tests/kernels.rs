@@ -528,6 +528,33 @@ fn filtered_sizes_then_a_killed_tracer() -> Result<()> {
     Ok(())
 }
 
+/// Of a sample: what it stands for is near what is there (five standard deviations), large blocks are certain, what was freed is gone, and
+/// nothing is the program's own mapping that the allocator made.
+#[test]
+fn samples_stand_for_all() -> Result<()> {
+    if !can_trace("samples_stand_for_all") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("allocators")?;
+    let session = Session::start(&[fixture.pid()], &["--sample", "1K"])?;
+    for command in ["leak malloc 2000 200", "leak calloc 3 200000", "churn malloc 500 200", "grow 10 100 90000"] {
+        fixture.tell(command)?;
+    }
+    let truth = fixture.report()?;
+    let report = session.stop()?;
+    assert_eq!(report["losses"], serde_json::json!({}), "{}", summary(&report));
+    let probability = -(-200.0_f64 / 1024.0).exp_m1();
+    let deviation = 200.0 * (2000.0 * (1.0 - probability) / probability).sqrt();
+    let (bytes, count) = live_in(&report, "leak_via_malloc");
+    ensure!((bytes as f64 - 400_000.0).abs() < 5.0 * deviation, "{bytes} in {count}\n{}", summary(&report));
+    ensure!(bytes.abs_diff(200 * count) <= 200, "{bytes} in {count}\n{}", summary(&report));
+    for function in ["leak_via_calloc", "realloc_grow", "balanced_via_malloc"] {
+        assert_eq!(live_in(&report, function), site(&truth, function), "{}", summary(&report));
+    }
+    ensure!(stacks(&report).all(|stack| stack["resource"] == "heap"), "{}", summary(&report));
+    Ok(())
+}
+
 /// A program of the system, run from its first allocation to its end: its exit status comes through, and it frees only what was seen
 /// being allocated.
 #[test]

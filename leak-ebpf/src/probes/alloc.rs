@@ -11,15 +11,16 @@ use aya_ebpf::helpers::bpf_probe_read_user;
 use aya_ebpf::helpers::generated::{bpf_get_attach_cookie, bpf_get_func_ip};
 use aya_ebpf::macros::uprobe;
 use aya_ebpf::programs::ProbeContext;
+use leak_common::sampling::Sampling;
 use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 
 use crate::emit::{emit, emit_free, header, missed_free, output};
-use crate::maps::{count, is_target, never, now, size_is_followed};
+use crate::maps::{count, count_unkept, keep_address, never, now, sampling_of, size_is_followed, take_address};
 use crate::probes::control;
 use crate::regs::{self, Frame};
 use crate::returns;
 use crate::stack::{self, For};
-use crate::thread::{Ids, Thread, current, ids, new};
+use crate::thread::{Ids, Known, Thread, UNSAMPLED, current, ids, new};
 
 /// What a session program answers at entry: run it at the return too, or not (`UPROBE_HANDLER_IGNORE`). As the result of
 /// any other kind of uprobe program 1 would mean "remove the breakpoint".
@@ -27,9 +28,9 @@ const WITH_RETURN: u32 = 0;
 const NO_RETURN: u32 = 1;
 
 /// No shape of function.
-const NOT_KNOWN: u64 = u64::MAX;
+const NOT_KNOWN: u32 = u32::MAX;
 
-/// The recorded call's function where its size is filtered out.
+/// The recorded call's function where nothing is to be said of it: its size is filtered out, or it is not sampled.
 const NOT_FOLLOWED: u64 = 0;
 
 /// Has the kernel leave this program's stack where the thread's own is.
@@ -90,12 +91,45 @@ fn product(a: u64, b: u64) -> Option<u64> {
     Some((high << 32).wrapping_add(low))
 }
 
+/// Whether user space may know the block at `addr`, which is released or resized. It is then no longer kept as followed.
+#[inline(always)]
+fn may_be_followed(sampling: Sampling, tgid: u32, addr: u64) -> bool {
+    sampling.interval().is_exact() || take_address(tgid, addr) || !sampling.frees_filtered()
+}
+
+/// Whether calls of this shape need no return where they are not sampled, if their functions call no others. Those that resize a
+/// block do at times (realloc of nothing), and are rare.
+#[inline(always)]
+fn may_be_quiet(op: u8) -> bool {
+    // Where the return address is in a register there is no place on the stack to look whether the call still lasts.
+    !regs::LINK_REGISTER && (op == op::MALLOC || op == op::CALLOC || op == op::ALIGNED)
+}
+
+/// Remembers a call of which nothing is to be said: what is called and mapped meanwhile is the allocator's.
+#[inline(always)]
+fn remember(thread: &mut Thread, frame: Frame, now: u64) -> u32 {
+    thread.op = NOT_FOLLOWED;
+    thread.time = now;
+    thread.skipped_sp = 0;
+    thread.caller = 0;
+    thread.pc = frame.pc;
+    thread.sp = frame.sp;
+    WITH_RETURN
+}
+
 /// Records that an allocation began.
 #[inline(always)]
-fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8, arguments: Arguments) -> u32 {
+fn enter(
+    ctx: &ProbeContext,
+    thread: &mut Thread,
+    (ids, session): (Ids, bool),
+    frame: Frame,
+    op: u8,
+    arguments: Arguments,
+) -> u32 {
     let Arguments { size, pointer, extra } = arguments;
     let now = now();
-    let resizes = op::resizes(op) && pointer != 0;
+    let mut resizes = op::resizes(op) && pointer != 0;
     if thread.sp != 0 {
         // The same sp in another function is a tail call, if the return probe of the caller still stands there: what it
         // returns is what the caller returns, so it is part of that call like any that is nested. Otherwise it is a new call,
@@ -104,22 +138,34 @@ fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8
             || (frame.sp == thread.sp && frame.pc != thread.pc && returns::to_trampoline(ids.tgid, frame))
         {
             count(counter::NESTED);
+            thread.nests();
             return NO_RETURN;
         }
         count(counter::ABANDONED);
         thread.sp = 0;
     }
+    let sampling = thread.process_sampling();
+    let interval = sampling.interval();
+    thread.interval = u64::from(interval.code());
     if !size_is_followed(size) {
-        if resizes {
+        if resizes && may_be_followed(sampling, ids.tgid, pointer) {
             emit_free(ids.tgid, pointer, now);
         }
-        // Remembered all the same: what it maps meanwhile is the allocator's.
-        thread.op = NOT_FOLLOWED;
-        thread.time = now;
-        thread.caller = 0;
-        thread.pc = frame.pc;
-        thread.sp = frame.sp;
-        return WITH_RETURN;
+        return remember(thread, frame, now);
+    }
+    if !interval.is_exact() {
+        // A block that is not followed is as good as none: then the new one comes out of nothing.
+        resizes = resizes && may_be_followed(sampling, ids.tgid, pointer);
+        if !thread.samples(interval, size) {
+            if session && may_be_quiet(op) && thread.may_skip(frame.pc) {
+                thread.skip(frame.sp);
+                return NO_RETURN;
+            }
+            if !resizes {
+                return remember(thread, frame, now);
+            }
+            thread.interval = UNSAMPLED;
+        }
     }
     if resizes {
         let begin = ReallocBegin {
@@ -135,12 +181,19 @@ fn enter(ctx: &ProbeContext, thread: &mut Thread, ids: Ids, frame: Frame, op: u8
         }
     }
     thread.time = now;
+    thread.skipped_sp = 0;
     thread.pc = frame.pc;
     thread.op = u64::from(op);
     thread.size = size;
     thread.pointer = pointer;
     thread.extra = extra;
+    thread.resizes = u64::from(resizes);
     thread.sp = frame.sp;
+    if thread.interval == UNSAMPLED {
+        // The block that it takes the place of is followed, and ends here; the new one needs no stack.
+        thread.caller = 0;
+        return WITH_RETURN;
+    }
     stack::take(ctx.as_ptr(), thread, frame, For::Call, op);
     WITH_RETURN
 }
@@ -152,16 +205,21 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
         return;
     }
     let now = now();
-    match thread {
+    let sampling = match thread {
         Some(thread) if thread.is_nested(frame.sp, now) => {
             count(counter::NESTED);
             return;
         }
+        Some(thread) => thread.process_sampling(),
         // A thread that has only freed so far.
-        None if !is_target(ids.tgid) => return,
-        _ => {}
+        None => match sampling_of(ids.tgid) {
+            Some((_, sampling)) => sampling,
+            None => return,
+        },
+    };
+    if may_be_followed(sampling, ids.tgid, addr) {
+        emit_free(ids.tgid, addr, now);
     }
-    emit_free(ids.tgid, addr, now);
 }
 
 /// Records how the allocation ended.
@@ -175,6 +233,9 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
         return 0;
     }
     thread.sp = 0;
+    if thread.interval != 0 {
+        thread.was_quiet();
+    }
     if thread.op == NOT_FOLLOWED {
         return 0;
     }
@@ -204,9 +265,32 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
         // It has released the block: as realloc to nothing.
         size = 0;
     }
-    if op::resizes(called) && thread.pointer != 0 {
+    let failed = addr == 0 && thread.size != 0;
+    // Of a process that is traced exactly nothing is kept. Where sampling began while the call was in flight its block is kept as
+    // well, or its free would not be sent.
+    let keeps = thread.interval != 0 || !thread.process_sampling().interval().is_exact();
+    let mut lost = false;
+    if keeps {
+        if thread.interval == UNSAMPLED && addr != 0 {
+            // The old block is gone, and of the new one nothing is said.
+            addr = 0;
+            size = 0;
+        }
+        // Of a realloc that failed the old block is back.
+        let kept = if addr == 0 && size != 0 && thread.resizes != 0 { thread.pointer } else { addr };
+        if kept != 0 && !keep_address(ids.tgid, kept, thread.time) {
+            count_unkept(thread.interval, size);
+            lost = true;
+        }
+    }
+    let interval = thread.interval as u8;
+    if thread.resizes != 0 {
+        if lost {
+            addr = 0;
+            size = 0;
+        }
         let end = ReallocEnd {
-            header: header(kind::REALLOC_END, called, 0, ids.tgid),
+            header: header(kind::REALLOC_END, called, u16::from(interval), ids.tgid),
             addr,
             size,
             stack: thread.stack,
@@ -215,18 +299,18 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             reserved: 0,
         };
         emit(end, counter::RING_FULL_ALLOC);
-    } else if addr != 0 {
+    } else if addr != 0 && !lost {
         let alloc = Alloc {
-            header: header(kind::ALLOC, called, 0, ids.tgid),
+            header: header(kind::ALLOC, called, u16::from(interval), ids.tgid),
             addr,
-            size: thread.size,
+            size,
             stack: thread.stack,
             // The time of entry: a tick more or less does not matter, and it saves a call.
             time: thread.time,
         };
         emit(alloc, counter::RING_FULL_ALLOC);
     }
-    if addr == 0 && thread.size != 0 {
+    if failed {
         count(counter::FAILED);
     }
     0
@@ -264,7 +348,7 @@ fn arguments(ctx: &ProbeContext, shape: u8) -> Option<Arguments> {
 
 /// The entry of any function. What it returns only a session program may return.
 #[inline(always)]
-fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids, shape: u8) -> u32 {
+fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, (ids, session): (Ids, bool), shape: u8) -> u32 {
     let frame = frame(ctx);
     if cfg!(leaktrace_broken = "helper") {
         // SAFETY: the context of this program.
@@ -285,7 +369,7 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, ids: Ids
         return NO_RETURN;
     }
     match arguments(ctx, shape) {
-        Some(arguments) => enter(ctx, thread, ids, frame, shape & !op::SHIFTED, arguments),
+        Some(arguments) => enter(ctx, thread, (ids, session), frame, shape & !op::SHIFTED, arguments),
         None => NO_RETURN,
     }
 }
@@ -319,8 +403,9 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
             free(Some(thread), ids, frame, argument(&ctx, 0));
             return NO_RETURN;
         }
-        if frame.pc == thread.alloc_pc {
-            known = thread.alloc_shape;
+        let function = thread.known(frame.pc);
+        if function.pc == frame.pc {
+            known = function.shape;
         }
     }
     if known == NOT_KNOWN {
@@ -328,17 +413,16 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
             // Without an entry before it, it is nothing to us.
             return thread.map_or(0, |thread| leave(thread, ids, frame));
         }
-        known = u64::from(shape(&ctx));
+        known = u32::from(shape(&ctx));
         if let Some(thread) = &mut thread {
-            if known == u64::from(op::FREE) {
+            if known == u32::from(op::FREE) {
                 thread.free_pc = frame.pc;
             } else {
-                thread.alloc_pc = frame.pc;
-                thread.alloc_shape = known;
+                *thread.known(frame.pc) = Known { pc: frame.pc, shape: known, quiet: 0 };
             }
         }
     }
-    enter_shape(&ctx, thread, ids, known as u8)
+    enter_shape(&ctx, thread, (ids, true), known as u8)
 }
 
 /// The entries of every function, on one link with cookies (6.6).
@@ -346,7 +430,7 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
 fn enter_any(ctx: ProbeContext) -> u32 {
     keep_own_stack();
     let ids = ids();
-    enter_shape(&ctx, current(ids), ids, shape(&ctx));
+    enter_shape(&ctx, current(ids), (ids, false), shape(&ctx));
     0
 }
 
@@ -368,7 +452,7 @@ macro_rules! entry {
         fn $name(ctx: ProbeContext) -> u32 {
             keep_own_stack();
             let ids = ids();
-            enter_shape(&ctx, current(ids), ids, $shape);
+            enter_shape(&ctx, current(ids), (ids, false), $shape);
             0
         }
     };

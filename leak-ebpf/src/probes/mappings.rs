@@ -106,7 +106,7 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
         return;
     };
     let now = now();
-    let in_allocator = thread.in_allocator(now);
+    let in_allocator = thread.in_allocator(frame.sp, now);
     let call = &mut thread.call;
     call.number = number + 1;
     call.addr = args[0];

@@ -53,7 +53,7 @@ impl<T: Plain> Elements<T> {
         let mut at = first;
         for elements in elements.chunks(AT_ONCE) {
             let keys: Vec<u32> = (at..at + elements.len() as u32).collect();
-            sys::update_batch(self.map.fd().as_fd(), &keys, elements.as_ptr().cast())?;
+            sys::update_batch(self.map.fd().as_fd(), keys.len(), keys.as_ptr().cast(), elements.as_ptr().cast())?;
             at += elements.len() as u32;
         }
         Ok(())

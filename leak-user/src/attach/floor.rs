@@ -25,7 +25,7 @@ pub struct Floor {
     kind: UprobeKind,
     /// For functions whose return matters as well.
     with_return: OwnedFd,
-    /// For free.
+    /// For free, and where returns are left out.
     entry_only: OwnedFd,
 }
 
@@ -63,8 +63,8 @@ impl Floor {
     }
 
     /// Puts the programs where [`super::Programs::attach`] would put leaktrace's: at the entries, and at the returns of all
-    /// but free.
-    pub fn attach(&self, tgid: u32, places: &Places) -> Result<Probes> {
+    /// but free, or without `returns` at no return: as where no call is sampled.
+    pub fn attach(&self, tgid: u32, places: &Places, returns: bool) -> Result<Probes> {
         let offsets = |wanted: fn(u8) -> bool| -> Vec<u64> {
             places.points.iter().filter(|point| wanted(point.shape)).map(|point| point.offset).collect()
         };
@@ -85,9 +85,11 @@ impl Floor {
             Ok(())
         };
         // A session link is both in one.
-        let placed = if self.kind == UprobeKind::Session { Ok(()) } else { link(&self.with_return, &allocate, true) };
+        let own_link = returns && self.kind != UprobeKind::Session;
+        let placed = if own_link { link(&self.with_return, &allocate, true) } else { Ok(()) };
+        let at_entry = if returns { &self.with_return } else { &self.entry_only };
         placed
-            .and_then(|()| link(&self.with_return, &allocate, false))
+            .and_then(|()| link(at_entry, &allocate, false))
             .and_then(|()| link(&self.entry_only, &release, false))
             .with_context(|| format!("failed to put empty programs into {} for pid {tgid}", places.file.display()))?;
         Ok(Probes { links })

@@ -9,6 +9,7 @@ mod floor;
 mod hold;
 mod pages;
 mod ranges;
+mod samplings;
 mod sys;
 
 use std::borrow::Cow;
@@ -27,10 +28,12 @@ use btf::Btf;
 use close::close_all;
 pub use floor::Floor;
 use leak_common::op;
+use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use pages::Pages;
 use ranges::{Ranges, Rows};
+use samplings::Samplings;
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 pub(crate) use sys::{lookup_and_delete, recursion_misses};
@@ -77,6 +80,9 @@ const BIRTH_PROGRAMS: [(&str, &str); 2] =
 /// 30 MiB. Threads beyond that are counted as a loss.
 const PREALLOCATED_THREADS: u32 = 4096;
 
+/// The same for addresses of sampled blocks: 65,536 of some 80 bytes are 5 MiB.
+const PREALLOCATED_ADDRESSES: u32 = 65_536;
+
 /// Offsets in `struct bpf_map_def`: type, size of keys, size of values, number of elements, flags.
 const MAP_VALUE_SIZE: usize = 8;
 const MAP_FLAGS: usize = 16;
@@ -94,7 +100,7 @@ fn has_map_allocator() -> bool {
 ///
 /// - Without our own ring its map is made as small as can be, because kernels that lack what the ring rests on also refuse values of
 ///   more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
-/// - Without an allocator for maps the table of threads takes its memory in advance.
+/// - Without an allocator for maps the tables of threads and of addresses take their memory in advance.
 fn object(own_ring: bool, map_allocator: bool) -> Result<Cow<'static, [u8]>> {
     let mut changes: Vec<(&str, usize, u32)> = Vec::new();
     if !own_ring {
@@ -102,6 +108,7 @@ fn object(own_ring: bool, map_allocator: bool) -> Result<Cow<'static, [u8]>> {
     }
     if !map_allocator {
         changes.push(("THREADS", MAP_FLAGS, 0));
+        changes.push(("ADDRESSES", MAP_FLAGS, 0));
     }
     if changes.is_empty() {
         return Ok(Cow::Borrowed(OBJECT));
@@ -169,6 +176,8 @@ pub struct Settings {
     pub mapping_hook: Option<MappingHook>,
     /// Whether the start of children is told.
     pub forks: bool,
+    /// Sampled blocks that there is room for, in all processes together: some 80 bytes each as they come, and 16 bytes in advance.
+    pub addresses: u32,
     /// Whether it is told which processes come ([`Programs::take_births`]).
     pub births: bool,
     /// Whether page faults may have to be looked at ([`Programs::watch_pages`]).
@@ -187,6 +196,7 @@ impl Default for Settings {
             rows: 2 << 20,
             mapping_hook: None,
             forks: false,
+            addresses: 1 << 18,
             births: false,
             pages: false,
         }
@@ -232,7 +242,8 @@ pub struct Programs {
     ebpf: Ebpf,
     uprobes: HashMap<&'static str, OwnedFd>,
     kind: UprobeKind,
-    targets: BpfHashMap<MapData, u32, [u32; 4]>,
+    targets: BpfHashMap<MapData, u32, [u32; 6]>,
+    samplings: Samplings,
     rows: Rows,
     ranges: Ranges,
     clock: ClockSync,
@@ -340,11 +351,13 @@ impl Programs {
         if !map_allocator {
             loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
         }
+        let addresses = if map_allocator { settings.addresses } else { settings.addresses.min(PREALLOCATED_ADDRESSES) };
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
             // The one that is not used takes as little as there can be.
             .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
+            .map_max_entries("ADDRESSES", addresses.max(1))
             .map_max_entries("ROWS", if tables { settings.rows.max(1) } else { 1 })
             .load(&bytes)
             .context("failed to load the BPF maps")?;
@@ -354,12 +367,14 @@ impl Programs {
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
+        let samplings = Samplings::take(take_map(&mut ebpf, "SAMPLINGS")?, take_map(&mut ebpf, "ADDRESSES")?)?;
         let clock = ClockSync::new(&mut ebpf)?;
         let mut programs = Self {
             ebpf,
             uprobes,
             kind,
             targets,
+            samplings,
             rows,
             ranges,
             clock,
@@ -523,6 +538,7 @@ impl Programs {
         // It may have been removed before.
         let _ = self.targets.remove(&tgid);
         self.ranges.release(tgid);
+        self.samplings.release(tgid);
     }
 
     /// Writes rows of unwind tables, from the element `first` of the map on.
@@ -534,8 +550,46 @@ impl Programs {
     pub fn set_target(&mut self, tgid: u32, ranges: &[Range]) -> Result<()> {
         let target =
             self.ranges.replace(tgid, ranges).with_context(|| format!("failed to tell the code of pid {tgid}"))?;
-        let value = [target.first_range, target.ranges, target.trampoline as u32, (target.trampoline >> 32) as u32];
+        let (low, high) = (target.trampoline as u32, (target.trampoline >> 32) as u32);
+        let sampling =
+            self.samplings.place(tgid).with_context(|| format!("failed to tell how pid {tgid} is sampled"))?;
+        let value = [target.first_range, target.ranges, low, high, sampling, 0];
         self.targets.insert(tgid, value, 0).with_context(|| format!("failed to add pid {tgid} to the traced processes"))
+    }
+
+    /// From now on this process, which must be traced, is sampled with this interval; `frees_filtered` says that frees of blocks that
+    /// are not in the map of sampled ones may end in the kernel. So before it is set everything that user space holds to be live has
+    /// to be in there ([`Self::keep_addresses`]). False where the process is not traced.
+    pub fn set_sampling(&self, tgid: u32, interval: Interval, frees_filtered: bool) -> bool {
+        self.samplings.set(tgid, interval, frees_filtered)
+    }
+
+    /// How a process is sampled.
+    pub fn sampling(&self, tgid: u32) -> Option<Sampling> {
+        self.samplings.get(tgid)
+    }
+
+    /// Adds blocks of a process to those whose frees are sent. An error where not all of them have room.
+    pub fn keep_addresses(&self, tgid: u32, addresses: &[u64], time: u64) -> std::io::Result<()> {
+        self.samplings.keep(tgid, addresses, time)
+    }
+
+    /// How many addresses there is room for.
+    pub fn address_room(&self) -> u32 {
+        self.samplings.room()
+    }
+
+    /// Every block whose free is sent where frees are filtered, and the time of its allocation.
+    pub fn addresses(&self) -> std::io::Result<Vec<(Address, u64)>> {
+        self.samplings.addresses()
+    }
+
+    /// Drops the blocks of a process that were allocated before `time`, because it has ended, or executed a new program.
+    pub fn purge_addresses(&self, tgid: u32, time: u64) {
+        match self.samplings.purge(tgid, time) {
+            Ok(count) => log::debug!("pid {tgid}: {count} addresses dropped"),
+            Err(error) => log::debug!("pid {tgid}: its addresses are not dropped: {error:#}"),
+        }
     }
 
     /// Puts probes into a file for one process.

@@ -51,7 +51,7 @@ impl Ranges {
         if let Some(old) = self.extents.insert(tgid, Extent { first, count }) {
             self.quarantine.push((old, now));
         }
-        Ok(Target { first_range: first, ranges: count, trampoline: 0 })
+        Ok(Target { first_range: first, ranges: count, ..Target::default() })
     }
 
     /// A process is no longer traced.

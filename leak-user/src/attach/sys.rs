@@ -316,16 +316,66 @@ pub fn load_btf(btf: &[u8]) -> io::Result<OwnedFd> {
     bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr).map(fd)
 }
 
-/// Writes elements of a map; `values` points to as many values of the map's type as there are keys.
-pub fn update_batch(map: BorrowedFd<'_>, keys: &[u32], values: *const u8) -> io::Result<()> {
+/// Writes `count` elements of a map; `keys` and `values` point to so many of the map's types.
+pub fn update_batch(map: BorrowedFd<'_>, count: usize, keys: *const u8, values: *const u8) -> io::Result<()> {
     let mut attr = zeroed();
     // SAFETY: plain integers.
     let batch = unsafe { &mut attr.batch };
-    batch.keys = keys.as_ptr() as u64;
+    batch.keys = keys as u64;
     batch.values = values as u64;
-    batch.count = keys.len() as u32;
+    batch.count = count as u32;
     batch.map_fd = map.as_raw_fd() as u32;
     bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
+/// What [`lookup_batch`] has read.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch {
+    pub count: usize,
+    pub is_last: bool,
+}
+
+/// Reads up to `most` elements of a hash map, from `position` on (`None`: from the beginning), which moves on (5.6). An element that
+/// is there all the time comes once; one that comes or goes meanwhile may come or not.
+pub fn lookup_batch(
+    map: BorrowedFd<'_>,
+    position: &mut Option<u32>,
+    most: usize,
+    keys: *mut u8,
+    values: *mut u8,
+) -> io::Result<Batch> {
+    let from = *position;
+    let mut next = 0_u32;
+    let mut attr = zeroed();
+    // SAFETY: plain integers.
+    let batch = unsafe { &mut attr.batch };
+    batch.in_batch = from.as_ref().map_or(0, |from| std::ptr::from_ref(from) as u64);
+    batch.out_batch = std::ptr::from_mut(&mut next) as u64;
+    batch.keys = keys as u64;
+    batch.values = values as u64;
+    batch.count = most as u32;
+    batch.map_fd = map.as_raw_fd() as u32;
+    let result = bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
+    // SAFETY: as above; the kernel has written how many there were, also where that was the end (ENOENT).
+    let count = unsafe { attr.batch.count } as usize;
+    match result {
+        Ok(_) => {
+            *position = Some(next);
+            Ok(Batch { count, is_last: false })
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Batch { count, is_last: true }),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes an element from a hash map.
+pub fn delete<K>(map: BorrowedFd<'_>, key: &K) -> io::Result<()> {
+    let mut attr = zeroed();
+    // SAFETY: this is the union's member for element commands, and all of it is zero.
+    let element = unsafe { &mut attr.__bindgen_anon_2 };
+    element.map_fd = map.as_raw_fd() as u32;
+    element.key = std::ptr::from_ref(key) as u64;
+    bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr).map(drop)
 }
 
 /// Puts a program into the first place of a map of programs.

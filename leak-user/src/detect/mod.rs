@@ -50,8 +50,11 @@ mod stats;
 
 pub use process::{Hint, ProcessJudgement, ProcessVerdict, Sample, StackSummary, judge_process};
 pub use stack::{Evidence, Growth, Judgement, MIN_WATCH, Verdict, judge};
+pub use stats::around;
 
 #[cfg(test)]
-mod simulation;
+mod sampled_tests;
+#[cfg(test)]
+pub(crate) mod simulation;
 #[cfg(test)]
 mod tests;

@@ -5,9 +5,11 @@
 
 use std::collections::VecDeque;
 
+use leak_common::sampling::Interval;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use crate::ledger::Weight;
 use crate::ledger::history::{History, Window};
 
 /// Ticks of simulated time in a second.
@@ -21,12 +23,45 @@ const AHEAD: usize = 1 << 17;
 pub struct Block {
     birth: Window,
     bytes: u64,
+    /// What it was sampled with; none: it was not.
+    interval: Option<Interval>,
+}
+
+/// A thread's countdown to its next sample, as the kernel side keeps it.
+#[derive(Clone, Copy, Debug)]
+pub struct Countdown {
+    interval: Interval,
+    left: Option<u64>,
+}
+
+impl Countdown {
+    pub fn new(interval: Interval) -> Self {
+        Self { interval, left: None }
+    }
+
+    /// The interval from now on. What is left was drawn with another.
+    pub fn set(&mut self, interval: Interval) {
+        *self = Self::new(interval);
+    }
+
+    /// What an allocation of so many bytes is sampled with, if it is.
+    pub fn take(&mut self, rng: &mut SmallRng, bytes: u64) -> Option<Interval> {
+        if self.interval.is_exact() {
+            return Some(self.interval);
+        }
+        let bytes = bytes.max(1);
+        let left = self.left.unwrap_or_else(|| self.interval.draw(rng.random()));
+        let sampled = bytes >= left;
+        self.left = Some(if sampled { self.interval.draw(rng.random()) } else { left - bytes });
+        sampled.then_some(self.interval)
+    }
 }
 
 /// One call stack of a simulated program.
 pub struct Simulation {
     pub history: History,
     pub rng: SmallRng,
+    pub countdown: Countdown,
     tick: u32,
     due: Vec<Vec<Block>>,
 }
@@ -36,7 +71,18 @@ pub type Program = Box<dyn FnMut(&mut Simulation)>;
 
 impl Simulation {
     pub fn new(seed: u64) -> Self {
-        Self { history: History::new(0), rng: SmallRng::seed_from_u64(seed), tick: 0, due: Vec::new() }
+        Self::sampled(seed, Interval::EXACT)
+    }
+
+    /// The same, of which only samples are seen.
+    pub fn sampled(seed: u64, interval: Interval) -> Self {
+        Self {
+            history: History::new(0),
+            rng: SmallRng::seed_from_u64(seed),
+            countdown: Countdown::new(interval),
+            tick: 0,
+            due: Vec::new(),
+        }
     }
 
     /// Runs `program` up to `end` (seconds).
@@ -64,19 +110,35 @@ impl Simulation {
 
     pub fn alloc(&mut self, bytes: u64) -> Block {
         let now = self.window();
-        self.history.born(now, now, bytes);
-        Block { birth: now, bytes }
+        self.take(now, bytes)
+    }
+
+    /// A block that counts as born in this window, if it is seen.
+    fn take(&mut self, birth: Window, bytes: u64) -> Block {
+        let (interval, now) = (self.countdown.take(&mut self.rng, bytes), self.window());
+        match interval {
+            Some(Interval::EXACT) => self.history.born(now, birth, bytes),
+            Some(interval) => self.history.sampled_born(now, birth, &Weight::of(interval, bytes)),
+            None => {}
+        }
+        Block { birth, bytes, interval }
     }
 
     pub fn free(&mut self, block: Block) {
-        self.history.died(self.window(), block.birth, block.bytes);
+        let now = self.window();
+        match block.interval {
+            Some(Interval::EXACT) => self.history.died(now, block.birth, block.bytes),
+            Some(interval) => self.history.sampled_died(now, block.birth, &Weight::of(interval, block.bytes)),
+            None => {}
+        }
     }
 
-    /// The block as realloc leaves it: another size, the same birth.
+    /// The block as realloc leaves it: another size, the same birth as far as that was seen.
     pub fn realloc(&mut self, block: Block, bytes: u64) -> Block {
-        self.history.born(self.window(), block.birth, bytes);
+        let birth = if block.interval.is_some() { block.birth } else { self.window() };
+        let new = self.take(birth, bytes);
         self.free(block);
-        Block { bytes, ..block }
+        new
     }
 
     /// Allocates, and releases after `life` seconds; what lives less than a tick is released at once.

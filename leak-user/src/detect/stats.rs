@@ -131,6 +131,26 @@ pub fn mean_with_interval(amounts: &[f64]) -> (f64, (f64, f64)) {
     (mean, (mean * low, mean * high))
 }
 
+/// 95 % interval of a total of which `estimate` is estimated from samples, with this variance, and the rest is known.
+///
+/// The estimate is a sum over independently drawn blocks that weigh differently. As in [`mean_with_interval`] it is matched to a
+/// plain Poisson sum with the same mean and variance, of `k` = estimate^2 / variance equal events. Of that the interval is the one
+/// that H. Jeffreys' prior gives: quantiles of the gamma distribution with shape k + 1/2. Its coverage stays about 95 % down to a
+/// handful of events, where a normal interval covers too little and Garwood's exact one too much (L. D. Brown, T. T. Cai and
+/// A. `DasGupta`, "Interval estimation in exponential families", Statistica Sinica 13 (2003) 19-49).
+pub fn around(total: u64, estimate: f64, variance: f64) -> [u64; 2] {
+    if estimate <= 0.0 || variance <= 0.0 {
+        return [total, total];
+    }
+    let known = total as f64 - estimate;
+    let events = estimate * estimate / variance;
+    if events > 1e12 {
+        return [total, total];
+    }
+    let bound = |upper| (known + estimate * gamma_quantile95(events + 0.5, upper) / events).max(0.0).round() as u64;
+    [bound(false).min(total), bound(true).max(total)]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 
+use leak_common::sampling::Interval;
+
 use super::Context;
 use super::clock::Tick;
 use super::stacks::{Class, DISTRUSTED, Stacks};
@@ -25,6 +27,16 @@ pub(super) struct Resized {
     pub addr: u64,
     pub size: u64,
     pub stack: StackId,
+    /// What the new block was sampled with.
+    pub interval: Interval,
+}
+
+/// A block as its allocation tells of it.
+#[derive(Clone, Copy)]
+pub(super) struct Allocated {
+    pub size: u64,
+    pub stack: StackId,
+    pub interval: Interval,
 }
 
 #[derive(Clone)]
@@ -41,7 +53,8 @@ impl Heap {
 
     /// A block was allocated at `addr`, now.
     #[inline]
-    pub fn alloc(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, size: u64, id: StackId) {
+    pub fn alloc(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, new: Allocated) {
+        let Allocated { size, stack: id, interval } = new;
         if addr == 0 {
             return;
         }
@@ -50,7 +63,7 @@ impl Heap {
             self.replaced(cx, stacks, addr);
             return;
         };
-        self.insert(cx, stacks, addr, Block { size, stack, birth: cx.tick });
+        self.insert(cx, stacks, addr, Block { size, stack, birth: cx.tick, interval });
     }
 
     /// Puts a block into the table and its history.
@@ -64,9 +77,9 @@ impl Heap {
         if let Some(old) = self.blocks.insert(addr, block) {
             cx.room.blocks.used -= 1;
             cx.counters.replaced += 1;
-            stacks.died(old.stack, cx.now, old.birth, old.size);
+            stacks.block_died(cx.now, &old);
         }
-        stacks.born(block.stack, cx.now, block.birth, block.size);
+        stacks.block_born(cx.now, &block);
     }
 
     /// The address was handed out again: if a block is live there, its free was missed. Says whether one was.
@@ -83,7 +96,7 @@ impl Heap {
     #[inline]
     fn died(cx: &mut Context<'_>, stacks: &mut Stacks, block: Block) {
         cx.room.blocks.used -= 1;
-        stacks.died(block.stack, cx.now, block.birth, block.size);
+        stacks.block_died(cx.now, &block);
     }
 
     /// The block at `addr` was freed.
@@ -158,7 +171,7 @@ impl Heap {
             Some(stack) => {
                 // What was in doubt is so no longer: it is live, and born now as far as its history can tell.
                 let birth = trusted.map_or(cx.tick, |old| old.birth);
-                self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth });
+                self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth, interval: new.interval });
             }
             None => {
                 self.replaced(cx, stacks, new.addr);
@@ -166,7 +179,7 @@ impl Heap {
         }
         // After the new block, so that the floor of a stack that has both does not dip.
         if let Some(old) = old {
-            stacks.died(old.stack, cx.now, old.birth, old.size);
+            stacks.block_died(cx.now, &old);
         }
     }
 
@@ -174,7 +187,7 @@ impl Heap {
     pub fn distrust(&mut self, cx: &Context<'_>, stacks: &mut Stacks, until: Tick) {
         let mut distrust = |block: &Block, stack: &mut u32| {
             if block.birth <= until {
-                stacks.distrust(stack, cx.now, block.birth, block.size);
+                stacks.distrust_block(stack, cx.now, block);
             }
         };
         self.blocks.for_each_stack(&mut distrust);
@@ -189,6 +202,11 @@ impl Heap {
         for pending in std::mem::take(&mut self.pending).into_values() {
             Self::died(cx, stacks, pending.block);
         }
+    }
+
+    /// The addresses of all live blocks, those in the hands of realloc included: their free may be told, should it fail.
+    pub fn addresses(&self) -> Vec<u64> {
+        self.blocks.addresses().chain(self.pending.values().map(|pending| pending.addr)).collect()
     }
 
     /// Live blocks, those in the hands of realloc included.

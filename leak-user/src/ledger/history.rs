@@ -13,6 +13,8 @@
 //!
 //! What the numbers mean is left to [`crate::detect`]; which event belongs to which stack, and the clock, to the ledger.
 
+use super::sampled::{SampledTotals, Weight};
+
 /// Length of a base window in nanoseconds.
 pub const BASE_WINDOW_NS: u64 = 1_000_000_000;
 
@@ -128,6 +130,8 @@ pub struct History {
     releases: [i32; CLASSES],
     released: [f32; CLASSES],
     at_risk: [f32; CLASSES],
+    /// What of the bytes is estimated; none where every block is one that was followed for itself.
+    sampled: Option<Box<SampledTotals>>,
 }
 
 impl History {
@@ -151,6 +155,7 @@ impl History {
             releases: [0; CLASSES],
             released: [0.0; CLASSES],
             at_risk: [0.0; CLASSES],
+            sampled: None,
         }
     }
 
@@ -220,6 +225,23 @@ impl History {
         } else {
             self.releases[class_of_age(self.now.saturating_sub(birth))] += 1;
         }
+    }
+
+    /// A sampled block came to life, as [`Self::born`] has it. Bytes are those that it stands for; in counts it is one, because how
+    /// many blocks were seen is what verdicts rest on.
+    pub(crate) fn sampled_born(&mut self, now: Window, birth: Window, weight: &Weight) {
+        self.born(now, birth, weight.whole_bytes());
+        let sampled = self.sampled.get_or_insert_default();
+        sampled.live.add(weight);
+        sampled.allocated.add(weight);
+    }
+
+    /// A sampled block was released.
+    pub(crate) fn sampled_died(&mut self, now: Window, birth: Window, weight: &Weight) {
+        self.died(now, birth, weight.whole_bytes());
+        let sampled = self.sampled.get_or_insert_default();
+        sampled.live.remove(weight);
+        sampled.freed.add(weight);
     }
 
     /// Closes every window before `now`. Costs about a hundred additions for each window closed.
@@ -369,9 +391,20 @@ impl History {
         self.live_bytes
     }
 
-    /// Blocks allocated and not released.
+    /// Blocks allocated and not released that were seen: of those that are sampled, each one.
     pub fn live_count(&self) -> u64 {
         self.live_count
+    }
+
+    /// The same with what sampled ones stand for.
+    pub fn estimated_count(&self) -> u64 {
+        let sampled = self.sampled().live;
+        self.live_count.saturating_sub(sampled.seen).saturating_add(sampled.count.round() as u64)
+    }
+
+    /// What of the totals is estimated.
+    pub fn sampled(&self) -> SampledTotals {
+        self.sampled.as_deref().copied().unwrap_or_default()
     }
 
     /// Bytes ever allocated.

@@ -19,18 +19,24 @@ pub mod history;
 mod model;
 mod process;
 mod ranges;
+mod sampled;
 mod stacks;
 mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod unbiased;
 
 use std::collections::HashMap;
 
 use clock::{Clock, Tick, window_of};
-use heap::Resized;
+use heap::{Allocated, Resized};
 use history::Window;
 pub use process::ProcessLedger;
 use ranges::Remapped;
+#[cfg(test)]
+pub(crate) use sampled::Weight;
+pub use sampled::{Sampled, SampledTotals};
 use stacks::{Cap, Class, DISTRUSTED, Room, SentStack, Stacks};
 pub use stacks::{Resource, Stack, Total};
 
@@ -170,8 +176,8 @@ const BATCH: usize = 32;
 impl Ledger {
     pub fn new(config: Config) -> Self {
         let Config { max_stacks, max_live, max_ranges, page_size } = config;
-        // Indices of stacks are 32 bits wide, and the last one has a meaning of its own.
-        let max_stacks = max_stacks.min(u32::MAX as usize - 1);
+        // Indices of stacks have so many bits, and the last one has a meaning of its own.
+        let max_stacks = max_stacks.min((1 << table::STACK_BITS) - 1);
         Self {
             processes: Vec::new(),
             by_tgid: HashMap::new(),
@@ -276,11 +282,11 @@ impl Ledger {
             return;
         };
         match event.what {
-            What::Alloc { addr, size, stack, time } => {
+            What::Alloc { addr, size, stack, time, interval } => {
                 let tick = self.clock.advance(time);
                 let (mut cx, processes) = self.context(tick);
                 let process = &mut processes[place];
-                process.heap.alloc(&mut cx, &mut process.stacks, addr, size, stack);
+                process.heap.alloc(&mut cx, &mut process.stacks, addr, Allocated { size, stack, interval });
             }
             What::Free { addr, time } => {
                 let tick = self.clock.advance(time);
@@ -305,8 +311,8 @@ impl Ledger {
         let ProcessLedger { stacks, heap, ranges, .. } = process;
         match event.what {
             What::ReallocBegin { tid, addr, .. } => heap.realloc_begin(cx, stacks, tid, addr),
-            What::ReallocEnd { tid, addr, size, stack, .. } => {
-                heap.realloc_end(cx, stacks, tid, Resized { addr, size, stack });
+            What::ReallocEnd { tid, addr, size, stack, interval, .. } => {
+                heap.realloc_end(cx, stacks, tid, Resized { addr, size, stack, interval });
             }
             What::Stack { id, end, op, by_frame_pointers, frames } => {
                 let kept = stacks.sent(id, SentStack { op, end, by_frame_pointers, frames }, cx.room);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use leak_common::sampling::Interval;
 use proptest::prelude::*;
 
 use super::clock::TICK_NS;
@@ -17,6 +18,21 @@ struct Block {
     /// `None`: distrusted.
     stack: Option<u64>,
     birth: u64,
+    interval: Interval,
+}
+
+impl Block {
+    /// How many blocks: one over the probability that it was sampled with.
+    fn stands_for(&self) -> f64 {
+        if self.interval.is_exact() {
+            return 1.0;
+        }
+        -1.0 / (-(self.size.max(1) as f64) / self.interval.bytes() as f64).exp_m1()
+    }
+
+    fn bytes(&self) -> u64 {
+        (self.size as f64 * self.stands_for()).round() as u64
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -75,6 +91,15 @@ impl Process {
         cut
     }
 
+    fn live_blocks(&self) -> impl Iterator<Item = &Block> {
+        self.blocks.values().chain(self.resizing.values().map(|(_, block)| block))
+    }
+
+    /// Blocks that a stack's blocks stand for.
+    fn estimated_count(&self, stack: u64) -> f64 {
+        self.live_blocks().filter(|block| block.stack == Some(stack)).map(Block::stands_for).sum()
+    }
+
     /// What each stack holds, and what is distrusted.
     fn totals(&self) -> (Totals, Total) {
         let (mut totals, mut distrusted) = (Totals::new(), Total::default());
@@ -87,14 +112,22 @@ impl Process {
             }
             None => add(&mut distrusted, bytes),
         };
-        for block in self.blocks.values().chain(self.resizing.values().map(|(_, block)| block)) {
-            count(block.stack, 0, block.birth, block.size);
+        let mut unknown = Total::default();
+        for block in self.live_blocks() {
+            if block.stack.is_some() {
+                count(block.stack, 0, block.birth, block.bytes());
+            } else {
+                unknown.bytes += block.bytes();
+                unknown.count += block.stands_for().round() as u64;
+            }
         }
         let live = runs(self.pages.iter().map(|(number, page)| (*number, *page)));
         for run in live.iter().chain(self.moving.values().flat_map(|(_, _, runs)| runs)) {
             let page = run[0].1;
             count(page.stack, 1 + u8::from(page.file), page.birth, run.len() as u64 * PAGE);
         }
+        distrusted.bytes += unknown.bytes;
+        distrusted.count += unknown.count;
         (totals, distrusted)
     }
 }
@@ -164,8 +197,8 @@ impl Model {
         self.next_range = range;
         let Some(process) = self.processes.get_mut(&tgid) else { return };
         match event.what {
-            What::Alloc { addr, size, stack, .. } => {
-                process.blocks.insert(addr, Block { size, stack: trusted(stack), birth: tick });
+            What::Alloc { addr, size, stack, interval, .. } => {
+                process.blocks.insert(addr, Block { size, stack: trusted(stack), birth: tick, interval });
             }
             What::Free { addr, .. } => drop(process.blocks.remove(&addr)),
             What::ReallocBegin { tid, addr, .. } => {
@@ -174,11 +207,11 @@ impl Model {
                     process.resizing.insert(tid, (addr, block));
                 }
             }
-            What::ReallocEnd { tid, addr, size, stack, .. } => {
+            What::ReallocEnd { tid, addr, size, stack, interval, .. } => {
                 let old = process.resizing.remove(&tid);
                 if addr != 0 {
                     let birth = old.filter(|(_, old)| old.stack.is_some()).map_or(tick, |(_, old)| old.birth);
-                    process.blocks.insert(addr, Block { size, stack: trusted(stack), birth });
+                    process.blocks.insert(addr, Block { size, stack: trusted(stack), birth, interval });
                 } else if let Some((addr, block)) = old
                     && size != 0
                 {
@@ -277,16 +310,25 @@ fn op() -> impl Strategy<Value = (u64, Op)> {
     let maybe = || prop_oneof![1 => Just(0), 4 => (1_u64..10).prop_map(|n| n * 16)];
     let size = || prop_oneof![1 => Just(0_u64), 8 => 1_u64..1000];
     let stack = || 100_u64..104;
+    // Exact, or with weights from a little more than one to many.
+    let interval = || {
+        prop_oneof![2 => Just(0), 1 => 4_u64..100_000].prop_map(|bytes| match bytes {
+            0 => Interval::EXACT,
+            bytes => Interval::near(bytes),
+        })
+    };
     let page = || (1_u64..40).prop_map(|n| n * PAGE);
     let maybe_page = || prop_oneof![1 => Just(0), 4 => (1_u64..40).prop_map(|n| n * PAGE)];
     let length = || 0_u64..12 * PAGE;
     let time = 0;
     let heap = prop_oneof![
-        5 => (addr(), size(), stack()).prop_map(move |(addr, size, stack)| What::Alloc { addr, size, stack, time }),
+        5 => (addr(), size(), stack(), interval())
+            .prop_map(move |(addr, size, stack, interval)| What::Alloc { addr, size, stack, time, interval }),
         3 => addr().prop_map(move |addr| What::Free { addr, time }),
         3 => (tid(), maybe()).prop_map(move |(tid, addr)| What::ReallocBegin { tid, addr, time }),
-        4 => (tid(), maybe(), size(), stack())
-            .prop_map(move |(tid, addr, size, stack)| What::ReallocEnd { tid, addr, size, stack, time }),
+        4 => (tid(), maybe(), size(), stack(), interval()).prop_map(move |(tid, addr, size, stack, interval)| {
+            What::ReallocEnd { tid, addr, size, stack, time, interval }
+        }),
     ];
     let ranges = prop_oneof![
         5 => (page(), length(), stack(), any::<bool>(), prop::bool::weighted(0.2)).prop_map(
@@ -347,6 +389,16 @@ fn same(ledger: &Ledger, model: &Model) -> Result<(), TestCaseError> {
             let (id, history) = (stack.id, stack.history);
             prop_assert_eq!(history.live_bytes(), expected.values().map(|t| t.bytes).sum::<u64>(), "bytes of {}", id);
             prop_assert_eq!(history.live_count(), expected.values().map(|t| t.count).sum::<u64>(), "count of {}", id);
+            if stack.resource == Resource::Heap {
+                let (found, expected) = (history.estimated_count(), process.estimated_count(id));
+                prop_assert!(
+                    (found as f64 - expected).abs() <= 0.5 + 1e-9 * expected,
+                    "count of {}: {} {}",
+                    id,
+                    found,
+                    expected
+                );
+            }
             prop_assert_eq!(history.allocated_bytes() - history.freed_bytes(), history.live_bytes());
             // Of what was born before the stack was seen first, as realloc can carry it over, only the totals are kept.
             for (window, cohort) in (history.start()..).zip(history.cohorts(0)) {

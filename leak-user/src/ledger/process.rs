@@ -2,6 +2,7 @@
 
 use super::heap::Heap;
 use super::ranges::Ranges;
+use super::sampled::SampledTotals;
 use super::stacks::{Room, Stack, Stacks, Total};
 use super::{Context, Tick};
 
@@ -66,8 +67,18 @@ impl ProcessLedger {
     pub fn live(&self) -> Total {
         self.stacks().fold(Total::default(), |sum, stack| Total {
             bytes: sum.bytes.saturating_add(stack.history.live_bytes()),
-            count: sum.count + stack.history.live_count(),
+            count: sum.count.saturating_add(stack.history.estimated_count()),
         })
+    }
+
+    /// What of all stacks' totals is estimated.
+    pub fn sampled(&self) -> SampledTotals {
+        self.stacks().fold(SampledTotals::default(), |sum, stack| sum.and(&stack.history.sampled()))
+    }
+
+    /// The addresses of all live heap blocks.
+    pub fn addresses(&self) -> Vec<u64> {
+        self.heap.addresses()
     }
 
     /// Live bytes, and blocks and ranges, that were taken out of verdicts because a free may have been lost.

@@ -10,10 +10,12 @@ use std::hash::{BuildHasherDefault, Hash, Hasher};
 
 use super::clock::{Tick, window_of};
 use super::history::{History, Window};
+use super::sampled::Weight;
+use super::table::{Block, STACK_BITS};
 use crate::decode::{Frames, StackEnd, StackId};
 
 /// Stands for a stack in a block that no history counts: its free may be among those that were lost.
-pub(super) const DISTRUSTED: u32 = u32::MAX;
+pub(super) const DISTRUSTED: u32 = (1 << STACK_BITS) - 1;
 
 /// What a stack's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -250,7 +252,58 @@ impl Stacks {
         }
     }
 
-    /// Moves a live block out of its history, for good.
+    /// A heap block is live from now on.
+    #[inline]
+    pub fn block_born(&mut self, now: Window, block: &Block) {
+        if block.interval.is_exact() {
+            self.born(block.stack, now, block.birth, block.size);
+        } else {
+            self.sampled_born(now, block);
+        }
+    }
+
+    /// A heap block is live no more.
+    #[inline]
+    pub fn block_died(&mut self, now: Window, block: &Block) {
+        if block.interval.is_exact() {
+            self.died(block.stack, now, block.birth, block.size);
+        } else {
+            self.sampled_died(now, block);
+        }
+    }
+
+    #[inline(never)]
+    fn sampled_born(&mut self, now: Window, block: &Block) {
+        let weight = Weight::of(block.interval, block.size);
+        if let Some(counted) = self.counted.get_mut(block.stack as usize) {
+            counted.history.sampled_born(now, window_of(block.birth), &weight);
+        } else {
+            self.distrusted.count += weight.count.round() as u64;
+            self.distrusted.bytes = self.distrusted.bytes.saturating_add(weight.whole_bytes());
+        }
+    }
+
+    #[inline(never)]
+    fn sampled_died(&mut self, now: Window, block: &Block) {
+        let weight = Weight::of(block.interval, block.size);
+        if let Some(counted) = self.counted.get_mut(block.stack as usize) {
+            counted.history.sampled_died(now, window_of(block.birth), &weight);
+        } else {
+            self.distrusted.count = self.distrusted.count.saturating_sub(weight.count.round() as u64);
+            self.distrusted.bytes = self.distrusted.bytes.saturating_sub(weight.whole_bytes());
+        }
+    }
+
+    /// Moves a live heap block out of its history, for good.
+    pub fn distrust_block(&mut self, index: &mut u32, now: Window, block: &Block) {
+        if *index != DISTRUSTED {
+            self.block_died(now, block);
+            *index = DISTRUSTED;
+            self.block_born(now, &Block { stack: DISTRUSTED, ..*block });
+        }
+    }
+
+    /// Moves a live range out of its history, for good.
     pub fn distrust(&mut self, index: &mut u32, now: Window, birth: Tick, bytes: u64) {
         if *index != DISTRUSTED {
             self.died(*index, now, birth, bytes);

@@ -22,6 +22,7 @@ use std::hash::BuildHasher;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
+use leak_common::sampling::Interval;
 use memmap2::{Advice, MmapMut};
 
 /// What is known of a live block.
@@ -33,6 +34,23 @@ pub(super) struct Block {
     pub stack: u32,
     /// Tick of birth ([`super::clock`]).
     pub birth: u32,
+    /// What it was sampled with.
+    pub interval: Interval,
+}
+
+/// Bits of a stack's index; above them is the code of the interval.
+pub(super) const STACK_BITS: u32 = 24;
+
+/// An index and the code of an interval, as a bucket has them.
+#[inline]
+fn packed(stack: u32, interval: Interval) -> u32 {
+    debug_assert!(stack < 1 << STACK_BITS, "an index has 24 bits");
+    stack | u32::from(interval.code()) << STACK_BITS
+}
+
+#[inline]
+fn unpacked(stack: u32) -> (u32, Interval) {
+    (stack & ((1 << STACK_BITS) - 1), Interval::from_code((stack >> STACK_BITS) as u8))
 }
 
 /// What a bucket has of a block.
@@ -40,6 +58,7 @@ pub(super) struct Block {
 struct Entry {
     /// [`LARGE`] for sizes from there on, which are kept aside.
     size: u32,
+    /// As [`packed`] makes it.
     stack: u32,
     birth: u32,
 }
@@ -354,7 +373,8 @@ impl BlockTable {
     #[inline]
     fn block(&self, key: u64, Entry { size, stack, birth }: Entry) -> Block {
         let size = if size == LARGE { self.large.get(&key).copied().unwrap_or_default() } else { u64::from(size) };
-        Block { size, stack, birth }
+        let (stack, interval) = unpacked(stack);
+        Block { size, stack, birth, interval }
     }
 
     /// The block that an entry stood for, which is no longer in the table.
@@ -369,11 +389,12 @@ impl BlockTable {
 
     /// Inserts a block and gives back the one that was there. The address must not be zero.
     #[inline]
-    pub fn insert(&mut self, addr: u64, Block { size, stack, birth }: Block) -> Option<Block> {
+    pub fn insert(&mut self, addr: u64, Block { size, stack, birth, interval }: Block) -> Option<Block> {
         debug_assert_ne!(addr, 0, "zero is no block's address");
         let key = self.mix(addr);
         let small = u32::try_from(size).unwrap_or(LARGE);
-        let old = self.segments[Self::segment_of(key)].insert(key, Entry { size: small, stack, birth });
+        let entry = Entry { size: small, stack: packed(stack, interval), birth };
+        let old = self.segments[Self::segment_of(key)].insert(key, entry);
         let old = old.map(|old| self.take(key, old));
         if small == LARGE {
             self.large.insert(key, size);
@@ -410,10 +431,26 @@ impl BlockTable {
                 let bucket = self.segments[segment].buckets[at];
                 for way in (0..WAYS).filter(|way| bucket.keys[*way] != 0) {
                     let block = self.block(bucket.keys[way], bucket.entry(way));
-                    change(&block, &mut self.segments[segment].buckets[at].stacks[way]);
+                    let mut stack = block.stack;
+                    change(&block, &mut stack);
+                    self.segments[segment].buckets[at].stacks[way] = packed(stack, block.interval);
                 }
             }
         }
+    }
+
+    /// The addresses of all blocks, in no particular order.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> {
+        let buckets = self.segments.iter().flat_map(|segment| segment.buckets.iter());
+        buckets.flat_map(|bucket| bucket.keys).filter(|key| *key != 0).map(|key| self.unmix(key))
+    }
+
+    /// The address that [`Self::mix`] makes this of.
+    fn unmix(&self, key: u64) -> u64 {
+        // x ^ (x >> 29) is undone by repeating it for the bits that are not right yet.
+        let x = key ^ (key >> 29) ^ (key >> 58);
+        let x = x.wrapping_mul(inverse(0x9e37_79b9_7f4a_7c15));
+        (x ^ (x >> 32)).wrapping_mul(inverse(self.seed))
     }
 
     /// Asks the processor for the cache line that a look-up of `addr` reads first. Changes nothing.
@@ -450,6 +487,12 @@ impl BlockTable {
     }
 }
 
+/// The number whose product with an odd one is one, modulo 2^64: Newton's iteration doubles the bits that are right, of which
+/// there are three at first (H. S. Warren, "Hacker's Delight", 2nd ed., 10-16).
+fn inverse(odd: u64) -> u64 {
+    (0..5).fold(odd, |x, _| x.wrapping_mul(2_u64.wrapping_sub(odd.wrapping_mul(x))))
+}
+
 /// Asks for the cache line at an address, which need not be valid.
 #[inline]
 pub(super) fn prefetch<T>(address: *const T) {
@@ -474,7 +517,7 @@ mod tests {
     use super::*;
 
     fn block(n: u64) -> Block {
-        Block { size: n, stack: n as u32 & 0xff, birth: n as u32 >> 8 }
+        Block { size: n, stack: n as u32 & 0xff, birth: n as u32 >> 8, interval: Interval::from_code((n >> 3) as u8) }
     }
 
     /// Some are so large that their sizes are kept aside.

@@ -1,6 +1,7 @@
 //! What each call, and each kind of loss, means: one case a test. The rules together are tested in [`super::model`].
 
 use leak_common::kind;
+use leak_common::sampling::Interval;
 
 use super::history::Window;
 use super::*;
@@ -39,7 +40,7 @@ impl Case {
     }
 
     fn alloc(&mut self, addr: u64, size: u64, stack: u64) {
-        self.apply(What::Alloc { addr, size, stack, time: self.now });
+        self.apply(What::Alloc { addr, size, stack, time: self.now, interval: Interval::EXACT });
     }
 
     fn free(&mut self, addr: u64) {
@@ -51,7 +52,7 @@ impl Case {
     }
 
     fn realloc_end(&mut self, tid: u32, addr: u64, size: u64, stack: u64) {
-        self.apply(What::ReallocEnd { tid, addr, size, stack, time: self.now });
+        self.apply(What::ReallocEnd { tid, addr, size, stack, time: self.now, interval: Interval::EXACT });
     }
 
     fn map(&mut self, addr: u64, size: u64, stack: u64) {
@@ -125,7 +126,10 @@ fn processes_do_not_mix() {
     let mut case = Case::new();
     case.ledger.add_process(11, 1, case.now);
     case.alloc(0x10, 100, 1);
-    case.ledger.apply(&Event { tgid: 11, what: What::Alloc { addr: 0x10, size: 7, stack: 1, time: case.now } });
+    case.ledger.apply(&Event {
+        tgid: 11,
+        what: What::Alloc { addr: 0x10, size: 7, stack: 1, time: case.now, interval: Interval::EXACT },
+    });
     case.free(0x10);
     assert_eq!((case.of(P, 1), case.of(11, 1)), ((0, 0), (7, 1)));
     case.ledger.apply(&Event { tgid: 12, what: What::Free { addr: 0x10, time: case.now } });
@@ -313,7 +317,7 @@ fn distrust_takes_the_living_out() {
     case.realloc_begin(7, 0x20);
     case.wait(SECOND);
     case.ledger.distrust(case.now);
-    case.apply(What::Alloc { addr: 0x40, size: 1000, stack: 1, time: case.now - 10 * MS });
+    case.apply(What::Alloc { addr: 0x40, size: 1000, stack: 1, time: case.now - 10 * MS, interval: Interval::EXACT });
     case.wait(SECOND);
     case.alloc(0x50, 5, 1);
     assert_eq!((case.live(1), case.live(2)), ((5, 1), (0, 0)));
@@ -554,7 +558,7 @@ fn batches_change_nothing() {
     let events: Vec<Event<'_>> = (0..1000_u64)
         .flat_map(|n| {
             let (addr, time) = (16 + n * 7 % 64 * 16, 50 * SECOND + n * MS);
-            let alloc = What::Alloc { addr, size: n, stack: n % 5, time };
+            let alloc = What::Alloc { addr, size: n, stack: n % 5, time, interval: Interval::EXACT };
             let free = What::Free { addr: 16 + n * 11 % 64 * 16, time };
             let other = Event { tgid: 99, what: free };
             [Event { tgid: P, what: alloc }, Event { tgid: P, what: free }, other]

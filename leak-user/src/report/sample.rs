@@ -54,6 +54,10 @@ fn stack(id: &str, verdict: StackVerdict, series: impl Iterator<Item = u64>, mut
         live_count: live_bytes / 512,
         allocated_bytes: live_bytes * 3,
         freed_bytes: live_bytes * 2,
+        live_bytes_ci95: None,
+        live_count_ci95: None,
+        allocated_bytes_ci95: None,
+        freed_bytes_ci95: None,
         oldest_age_s: Some(29.5),
         growth: Growth { windows: 12, ..Growth::default() },
         series,
@@ -109,6 +113,9 @@ fn process(verdict: Verdict) -> Process {
         hint: None,
         live_bytes: 68 * MIB,
         live_count: 120_034,
+        interval_bytes: None,
+        live_bytes_ci95: None,
+        live_count_ci95: None,
         rss: Rss { first_bytes: Some(120 * MIB), last_bytes: Some(120 * MIB + MIB / 2), growth_bytes_per_s: Some(0.0) },
         explained_growth_ratio: None,
         memory_limit_bytes: Some(512 * MIB),
@@ -203,6 +210,25 @@ pub fn leaking() -> Report {
     process.seconds_to_limit = Some(18_920.0);
     let mut report = report(process);
     report.losses.insert("ring_full_alloc".to_owned(), 1204);
+    report
+}
+
+/// The leak, of which only samples were seen.
+pub fn sampled() -> Report {
+    let mut report = leaking();
+    report.mode.sampling = Sampling::Bytes;
+    report.mode.interval_bytes = Some(512 << 10);
+    let about = |n: u64, part: u64| Some([n - n / part, n + n / part]);
+    let process = &mut report.processes[0];
+    process.interval_bytes = Some(512 << 10);
+    process.live_bytes_ci95 = about(process.live_bytes, 8);
+    process.live_count_ci95 = about(process.live_count, 6);
+    for stack in &mut process.stacks {
+        stack.live_bytes_ci95 = about(stack.live_bytes, 5);
+        stack.live_count_ci95 = about(stack.live_count, 4);
+        stack.allocated_bytes_ci95 = about(stack.allocated_bytes, 5);
+        stack.freed_bytes_ci95 = about(stack.freed_bytes, 5);
+    }
     report
 }
 

@@ -77,7 +77,8 @@ impl Ring {
     }
 }
 
-struct Mapping {
+/// A map's memory, shared with the kernel.
+pub(crate) struct Mapping {
     start: NonNull<libc::c_void>,
     length: usize,
 }
@@ -86,12 +87,19 @@ struct Mapping {
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    fn new(fd: BorrowedFd<'_>, length: usize, offset: usize, prot: ProtFlags) -> Result<Self> {
+    pub(crate) fn new(fd: BorrowedFd<'_>, length: usize, offset: usize, prot: ProtFlags) -> Result<Self> {
         let length_nonzero = NonZeroUsize::new(length).context("empty mapping")?;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe { mmap(None, length_nonzero, prot, MapFlags::MAP_SHARED, fd, offset as i64) }
-            .context("failed to map the ring buffer")?;
+            .context("failed to map the memory of a BPF map")?;
         Ok(Self { start, length })
+    }
+
+    /// A word of it, which must be mapped as writable where it is stored to.
+    pub(crate) fn word_at(&self, index: usize) -> &AtomicU64 {
+        assert!((index + 1) * size_of::<AtomicU64>() <= self.length, "a word outside of the mapping");
+        // SAFETY: within a live mapping, and aligned since the mapping is page aligned.
+        unsafe { self.start.cast::<AtomicU64>().add(index).as_ref() }
     }
 
     fn word(&self) -> &AtomicU64 {

@@ -43,7 +43,7 @@ pub enum Notice {
     /// A stack was seen for the first time: take down where its code is while the process lives.
     Stack { tgid: u32, id: StackId, op: u8, end: StackEnd, frames: Vec<u64> },
     /// A process executed a new program; `tid` is the thread that did.
-    Exec { tgid: u32, tid: u32 },
+    Exec { tgid: u32, tid: u32, time: u64 },
     /// A process mapped code.
     MapExec { tgid: u32 },
     /// The first thread of a process ended; others may go on.
@@ -271,7 +271,7 @@ fn notice(event: &Event<'_>) -> Option<Notice> {
         What::Stack { id, op, end, frames, .. } => {
             Some(Notice::Stack { tgid, id, op, end, frames: frames.iter().collect() })
         }
-        What::Exec { tid, .. } => Some(Notice::Exec { tgid, tid }),
+        What::Exec { tid, time } => Some(Notice::Exec { tgid, tid, time }),
         What::MapExec { .. } => Some(Notice::MapExec { tgid }),
         What::Exit { tid, .. } if tid == tgid => Some(Notice::LeaderExit { tgid }),
         _ => None,

@@ -9,6 +9,7 @@ mod collector;
 mod follow;
 mod host;
 mod pages;
+mod sampler;
 mod summary;
 mod system;
 mod target;
@@ -17,6 +18,8 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -30,12 +33,13 @@ use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
 use self::pages::Pages;
+use self::sampler::Sampler;
 use self::summary::{Moment, Snapshot};
 use self::system::System;
 use self::target::{Followed, Target};
 use crate::attach::{MappingHook, Programs, Settings, StackWalk, UprobeKind};
 use crate::cli::Feature;
-use crate::config::{Config, Target as What, Unwind};
+use crate::config::{Config, Sampling, Target as What, Unwind};
 use crate::discover::Files;
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
@@ -75,8 +79,9 @@ pub async fn run(config: &Config) -> Result<Finished> {
     let mut output = Output::open(config)?;
     let recording = config.record.as_deref().map(open_recording).transpose()?;
     let stop = watch_signals()?;
+    let resampled = watch_resampling(config)?;
     let mut run = Run::start(config, recording)?;
-    let result = run.until_the_end(&mut output, stop).await;
+    let result = run.until_the_end(&mut output, stop, &resampled).await;
     // Also when the loop failed: the probes first, so that the target is free while the last report is made.
     run.detach();
     let ended = result?;
@@ -119,6 +124,21 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
     Ok(receiver)
 }
 
+/// How often SIGUSR1 has come, where that has a meaning.
+fn watch_resampling(config: &Config) -> Result<Arc<AtomicUsize>> {
+    let count = Arc::new(AtomicUsize::new(0));
+    if !config.resample.is_empty() {
+        let mut signals = signal(SignalKind::user_defined1())?;
+        let count = Arc::clone(&count);
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    Ok(count)
+}
+
 /// What is running.
 struct Run<'a> {
     config: &'a Config,
@@ -133,6 +153,10 @@ struct Run<'a> {
     files: Files,
     symbols: Symbols,
     code: Code,
+    sampler: Sampler,
+    sampling: Sampling,
+    /// How many of [`Config::resample`] have been gone on to.
+    resampled: usize,
     command: Option<Spawned>,
     host: report::Host,
     started_at: jiff::Timestamp,
@@ -179,6 +203,7 @@ impl<'a> Run<'a> {
             births: matches!(config.target, What::System { all: true, .. }),
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
+            ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
         let ring = Ring::take(&mut programs)?;
@@ -203,6 +228,9 @@ impl<'a> Run<'a> {
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code,
+            sampler: Sampler::default(),
+            sampling: config.sampling,
+            resampled: 0,
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
@@ -245,6 +273,9 @@ impl<'a> Run<'a> {
         }
         self.refresh_code(id, target.process.through());
         self.programs.add_target(id.tgid)?;
+        if let Some(interval) = self.sampling.interval().filter(|interval| !interval.is_exact()) {
+            self.sampler.set(&self.programs, id.tgid, interval);
+        }
         let attached = self.attach_allocators(&mut target, required);
         if target.notice_end() {
             // It ended while it was being attached to: the report says so.
@@ -298,7 +329,12 @@ impl<'a> Run<'a> {
     }
 
     /// Follows the targets until there is a reason to end.
-    async fn until_the_end(&mut self, output: &mut Output, mut stop: watch::Receiver<bool>) -> Result<Ended> {
+    async fn until_the_end(
+        &mut self,
+        output: &mut Output,
+        mut stop: watch::Receiver<bool>,
+        resampled: &AtomicUsize,
+    ) -> Result<Ended> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let (mut sampled, mut swept) = (Instant::now(), Instant::now());
@@ -319,6 +355,8 @@ impl<'a> Run<'a> {
             self.take_notices();
             self.follow_threads(false);
             self.tend_system();
+            self.resample(resampled.swap(0, Ordering::Relaxed));
+            self.sampler.tend(&self.programs, &self.collector);
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
@@ -349,6 +387,20 @@ impl<'a> Run<'a> {
             }
             if self.config.duration.is_some_and(|duration| self.started.elapsed() >= duration) {
                 return Ok(Ended::Duration);
+            }
+        }
+    }
+
+    /// Goes on to what all processes are to be sampled with after this.
+    fn resample(&mut self, times: usize) {
+        for _ in 0..times {
+            let Some(next) = self.config.resample.get(self.resampled).copied() else { return };
+            self.resampled += 1;
+            self.sampling = next;
+            if let Some(interval) = next.interval() {
+                for target in &self.targets {
+                    self.sampler.set(&self.programs, target.id().tgid, interval);
+                }
             }
         }
     }
@@ -390,7 +442,8 @@ impl<'a> Run<'a> {
                         target.leader_ended = true;
                     }
                 }
-                Notice::Exec { tgid, tid } => {
+                Notice::Exec { tgid, tid, time } => {
+                    self.sampler.exec(&self.programs, tgid, time);
                     self.pages.exec(tgid);
                     if let Some((process, through)) = self.pages.watches(tgid)
                         && !self.targets.iter().any(|target| target.id() == process)
@@ -498,9 +551,10 @@ impl<'a> Run<'a> {
         let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |_| true);
         let usage = self.code.usage();
         let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
+        let interval = self.sampling.interval().unwrap_or_else(|| self.sampler.longest());
         let mode = report::Mode {
-            sampling: report::Sampling::Exact,
-            interval_bytes: None,
+            sampling: if interval.is_exact() { report::Sampling::Exact } else { report::Sampling::Bytes },
+            interval_bytes: (!interval.is_exact()).then(|| interval.bytes()),
             unwinder: if self.code.has_tables() { report::Unwinder::Tables } else { report::Unwinder::Fp },
             unwind_table_bytes: usage.map(|usage| bytes(usage.rows)),
             unwind_memory_bytes: usage.map(|usage| bytes(usage.capacity)),
@@ -521,6 +575,10 @@ impl<'a> Run<'a> {
         }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
+        for process in &mut report.processes {
+            let interval = self.sampler.interval(process.pid);
+            process.interval_bytes = (!interval.is_exact()).then(|| interval.bytes());
+        }
         report.processes.extend(self.ended_children.leaking.iter().cloned());
         if let Some(system) = self.system.take() {
             report.processes.extend(system.settled().cloned());

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::decode::{self, StackId};
 use crate::detect::{self, Judgement, ProcessVerdict, StackSummary, Verdict};
 use crate::ledger::history::{BASE_WINDOW_NS, History, Window};
-use crate::ledger::{Counters, Resource, Stack};
+use crate::ledger::{Counters, Resource, Sampled, SampledTotals, Stack, Total};
 use crate::report;
 use crate::symbols::Symbols;
 
@@ -44,6 +44,7 @@ struct Judged {
     live_count: u64,
     allocated_bytes: u64,
     freed_bytes: u64,
+    sampled: SampledTotals,
     oldest_age_s: Option<f64>,
     series: Vec<(f64, u64)>,
 }
@@ -52,6 +53,7 @@ struct Judged {
 struct JudgedProcess {
     live_bytes: u64,
     live_count: u64,
+    sampled: Sampled,
     stacks_seen: u64,
     growing_stacks: u64,
     growing_bytes_per_s: f64,
@@ -92,9 +94,9 @@ impl Snapshot {
             .processes()
             .filter(|process| wanted(process.tgid()))
             .map(|process| {
-                let live = process.live();
+                let live = Live { total: process.live(), sampled: process.sampled().live };
                 let stacks = process.stacks().filter(|stack| is_wanted(stack, config));
-                (process.tgid(), judge(stacks, now, since_start, live.bytes, live.count, config))
+                (process.tgid(), judge(stacks, now, since_start, live, config))
             })
             .collect();
         Self {
@@ -173,6 +175,9 @@ impl Snapshot {
             hint: verdict.hint.filter(|_| verdict.verdict != ProcessVerdict::Warming).map(|hint| hint.to_string()),
             live_bytes: judged.as_ref().map_or(0, |judged| judged.live_bytes),
             live_count: judged.as_ref().map_or(0, |judged| judged.live_count),
+            interval_bytes: None,
+            live_bytes_ci95: judged.as_ref().and_then(|judged| bytes_ci95(judged.live_bytes, &judged.sampled)),
+            live_count_ci95: judged.as_ref().and_then(|judged| count_ci95(judged.live_count, &judged.sampled)),
             rss: report::Rss {
                 first_bytes: target.samples.first().map(|sample| sample.resident),
                 last_bytes: target.samples.last().map(|sample| sample.resident),
@@ -198,6 +203,23 @@ impl Snapshot {
     }
 }
 
+/// What a process holds.
+#[derive(Clone, Copy)]
+struct Live {
+    total: Total,
+    sampled: Sampled,
+}
+
+/// The 95 % interval of bytes of which a part is estimated; none where all of it is known.
+fn bytes_ci95(total: u64, sampled: &Sampled) -> Option<[u64; 2]> {
+    (sampled.seen > 0).then(|| detect::around(total, sampled.bytes, sampled.bytes_variance))
+}
+
+/// The same of a number of blocks.
+fn count_ci95(total: u64, sampled: &Sampled) -> Option<[u64; 2]> {
+    (sampled.seen > 0).then(|| detect::around(total, sampled.count, sampled.count_variance))
+}
+
 /// Whether a stack is reported at all under the options given.
 fn is_wanted(stack: &Stack<'_>, config: &Config) -> bool {
     let resource = match stack.resource {
@@ -215,8 +237,7 @@ fn judge<'a>(
     stacks: impl Iterator<Item = Stack<'a>>,
     now: Window,
     since_start: f64,
-    live_bytes: u64,
-    live_count: u64,
+    live: Live,
     config: &Config,
 ) -> JudgedProcess {
     let mut all: Vec<(Stack<'a>, Judgement)> = stacks.map(|stack| (stack, detect::judge(stack.history, now))).collect();
@@ -239,8 +260,9 @@ fn judge<'a>(
         .map(|(stack, judgement)| Judged::new(stack, judgement, now, since_start))
         .collect();
     JudgedProcess {
-        live_bytes,
-        live_count,
+        live_bytes: live.total.bytes,
+        live_count: live.total.count,
+        sampled: live.sampled,
         stacks_seen: all.iter().filter(|(stack, _)| stack.history.live_bytes() > 0).count() as u64,
         growing_stacks,
         growing_bytes_per_s,
@@ -265,9 +287,10 @@ impl Judged {
             by_frame_pointers: stack.by_frame_pointers,
             judgement: *judgement,
             live_bytes: history.live_bytes(),
-            live_count: history.live_count(),
+            live_count: history.estimated_count(),
             allocated_bytes: history.allocated_bytes(),
             freed_bytes: history.freed_bytes(),
+            sampled: history.sampled(),
             oldest_age_s: history.oldest_birth().map(|birth| f64::from(now.saturating_sub(birth)) * window_s),
             series: history
                 .series()
@@ -296,6 +319,10 @@ impl Judged {
             live_count: self.live_count,
             allocated_bytes: self.allocated_bytes,
             freed_bytes: self.freed_bytes,
+            live_bytes_ci95: bytes_ci95(self.live_bytes, &self.sampled.live),
+            live_count_ci95: count_ci95(self.live_count, &self.sampled.live),
+            allocated_bytes_ci95: bytes_ci95(self.allocated_bytes, &self.sampled.allocated),
+            freed_bytes_ci95: bytes_ci95(self.freed_bytes, &self.sampled.freed),
             oldest_age_s: self.oldest_age_s,
             growth: self.judgement.growth.map_or_else(report::Growth::default, |growth| report::Growth {
                 bytes_per_s: Some(growth.bytes_per_s),

@@ -8,7 +8,7 @@ use ratatui::text::{Line, Span};
 use super::names::{culprit, function, location};
 use super::safe::{cut_end, safe, width};
 use super::system;
-use super::units::{bytes, duration, events};
+use super::units::{bytes, duration, estimated_bytes, events};
 use super::words;
 use crate::report::{Frame, Process, Report, Sampling, Stack, StackVerdict, Verdict};
 
@@ -200,8 +200,11 @@ fn frames(out: &mut Vec<Line<'static>>, stack: &Stack, look: Look) {
 /// One line for each stack: bytes, why it is calm, its function and place.
 fn calm_stacks(out: &mut Vec<Line<'static>>, stacks: &[&Stack], look: Look) {
     let why = stacks.iter().map(|stack| width(words::calm(stack.verdict))).max().unwrap_or(0);
-    for stack in stacks {
-        let size = format!("  {:>8}  {:why$}  ", bytes(stack.live_bytes), words::calm(stack.verdict));
+    let sizes: Vec<String> =
+        stacks.iter().map(|stack| estimated_bytes(stack.live_bytes, stack.live_bytes_ci95)).collect();
+    let column = sizes.iter().map(|size| width(size)).max().unwrap_or(0).max(8);
+    for (stack, size) in stacks.iter().zip(&sizes) {
+        let size = format!("  {size:>column$}  {:why$}  ", words::calm(stack.verdict));
         let room = look.room(look.width.saturating_sub(width(&size)));
         let mut spans = vec![Span::raw(size)];
         if let Some(frame) = culprit(stack) {

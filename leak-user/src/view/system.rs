@@ -166,7 +166,7 @@ fn traced(process: &Process, sampling: Sampling) -> Row {
         process.pid.to_string(),
         cut_end(&safe(&process.comm), 16),
         verdict(process.verdict).0.to_owned(),
-        bytes(process.live_bytes),
+        format!("{}{}", if process.live_bytes_ci95.is_some() { "~" } else { "" }, bytes(process.live_bytes)),
         size(&process.rss),
         slope(&process.rss),
         process.explained_growth_ratio.map_or_else(String::new, |ratio| format!("{:.0} %", ratio * 100.0)),

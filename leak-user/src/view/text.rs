@@ -85,6 +85,13 @@ mod tests {
         golden("leaking80", &text(&sample::leaking(), look, false));
     }
 
+    /// Every figure of a sample is shown as an estimate with its interval.
+    #[test]
+    fn sampled() {
+        golden("sampled", &text(&sample::sampled(), PLAIN, false));
+        golden("sampled80", &text(&sample::sampled(), Look { width: 80, cut: true, top: 10 }, false));
+    }
+
     /// A process that holds much and does not grow is said not to leak.
     #[test]
     fn steady() {

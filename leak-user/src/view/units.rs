@@ -9,6 +9,22 @@ pub fn bytes(bytes: u64) -> String {
     format!("{} {}", digits(value / unit.0), unit.1)
 }
 
+/// Bytes with their 95 % interval where they are an estimate: `~1.20 MiB [1.05, 1.37]`, in one unit.
+pub fn estimated_bytes(value: u64, ci95: Option<[u64; 2]>) -> String {
+    let Some([low, high]) = ci95 else { return bytes(value) };
+    let (value, (divisor, unit)) = scale(value as f64);
+    let [low, high] = [low, high].map(|bound| digits(bound as f64 / divisor));
+    format!("~{} {unit} [{low}, {high}]", digits(value / divisor))
+}
+
+/// A number of things with its interval where it is an estimate: `~1,234 blocks [1,100, 1,380]`.
+pub fn estimated_plural(n: u64, ci95: Option<[u64; 2]>, word: &str) -> String {
+    match ci95 {
+        Some([low, high]) => format!("~{} [{}, {}]", plural(n, word), count(low), count(high)),
+        None => plural(n, word),
+    }
+}
+
 /// The divisor and name of the unit that fits `value`.
 fn scale(value: f64) -> (f64, (f64, &'static str)) {
     let mut divisor = 1.0;
@@ -170,6 +186,16 @@ mod tests {
         ] {
             assert_eq!(bytes(n), text, "{n}");
         }
+    }
+
+    /// An estimate is marked and has its interval in its own unit; what is known has neither.
+    #[test]
+    fn estimates_read_well() {
+        assert_eq!(estimated_bytes(1 << 20, None), "1.00 MiB");
+        assert_eq!(estimated_bytes(1_258_291, Some([1_101_004, 1_436_549])), "~1.20 MiB [1.05, 1.37]");
+        assert_eq!(estimated_bytes(600 << 10, Some([0, 2 << 20])), "~600 KiB [0, 2048]");
+        assert_eq!(estimated_plural(1234, Some([1100, 1380]), "block"), "~1,234 blocks [1,100, 1,380]");
+        assert_eq!(estimated_plural(1, None, "block"), "1 block");
     }
 
     /// The unit of time follows the rate, and the interval keeps the unit of its value.

@@ -1,7 +1,7 @@
 //! The sentences of the text views: a process's verdict in words, first of all what a person on call wants to know.
 
 use super::names::{culprit, function};
-use super::units::{Rate, about, bytes, duration, plural, rate};
+use super::units::{Rate, about, bytes, duration, estimated_bytes, estimated_plural, plural, rate};
 use crate::report::{Ended, Process, ProcessEnd, Reason, Report, Resource, Stack, StackEnd, StackVerdict, Verdict};
 
 /// Counters that tell of what the target did, not of anything lost.
@@ -25,9 +25,13 @@ pub fn verdict(process: &Process, report: &Report) -> (&'static str, String) {
         Verdict::Stable if process.stacks_seen == 0 => {
             ("STABLE", "nothing that was allocated is still held".to_owned())
         }
-        Verdict::Stable if is_high(process) => {
-            ("STABLE", format!("high but steady ({} live): not a leak", bytes(process.live_bytes)))
-        }
+        Verdict::Stable if is_high(process) => (
+            "STABLE",
+            format!(
+                "high but steady ({} live): not a leak",
+                estimated_bytes(process.live_bytes, process.live_bytes_ci95)
+            ),
+        ),
         Verdict::Stable => ("STABLE", "no call stack grows".to_owned()),
     }
 }
@@ -133,7 +137,14 @@ pub fn facts(process: &Process) -> Vec<String> {
         };
         facts.push(format!("RSS {}{slope}", bytes(last)));
     }
-    facts.push(format!("traced and live {} in {}", bytes(process.live_bytes), plural(process.live_count, "block")));
+    facts.push(format!(
+        "traced and live {} in {}",
+        estimated_bytes(process.live_bytes, process.live_bytes_ci95),
+        estimated_plural(process.live_count, process.live_count_ci95, "block")
+    ));
+    if let Some(interval) = process.interval_bytes {
+        facts.push(format!("sampled, one in {}", bytes(interval)));
+    }
     if let Some(limit) = process.memory_limit_bytes {
         facts.push(format!("limit {}", bytes(limit)));
     }
@@ -180,7 +191,11 @@ pub fn held(stack: &Stack) -> String {
         Resource::Mmap => "mapping",
     };
     let age = stack.oldest_age_s.map(|age| format!(", oldest {}", duration(age))).unwrap_or_default();
-    format!("{} in {}{age}", bytes(stack.live_bytes), plural(stack.live_count, what))
+    format!(
+        "{} in {}{age}",
+        estimated_bytes(stack.live_bytes, stack.live_bytes_ci95),
+        estimated_plural(stack.live_count, stack.live_count_ci95, what)
+    )
 }
 
 /// Why a stack that does not grow is none to worry about.

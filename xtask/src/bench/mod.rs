@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: what tracing costs, side by side with nothing, with the least that is possible and with a peer.
 //!
-//! Seven rows ([`tool`]) on five workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
+//! Ten rows ([`tool`]) on five workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
 //! take turns over several rounds, and what is compared is compared within a round ([`summary`]); [`table`] shows it. Program
 //! times cost time themselves, so throughput is measured without them. What unwind tables take ([`unwinding`]) and the time
 //! to the first traced allocation ([`first`]) are measured apart.

@@ -235,7 +235,7 @@ impl Measured {
     /// Where leaktrace's own report does not fit what the target did, why its figures are not to be trusted.
     pub fn doubts(&self) -> Vec<String> {
         let mut doubts = Vec::new();
-        for cell in self.cells.iter().filter(|cell| cell.row.is_leaktrace()) {
+        for cell in self.cells.iter().filter(|cell| cell.row.is_exact()) {
             let Some(tracer) = &cell.tracer else { continue };
             let Some(report) = &tracer.report else { continue };
             let place = format!("round {}, {}", cell.round + 1, cell.row.name());
@@ -310,6 +310,8 @@ impl Measured {
             // The same figure, held to what unwinding without frame pointers may take.
             of_memleak("  as stacks by tables", Row::Leaktrace, by_tables),
             of_memleak("  with --unwind fp", Row::FramePointers, by_fp),
+            of_floor("one in 512K, of empty entries'", Row::Sampled, one_thread.then_some(Bound::AtLeast(0.9))),
+            of_memleak("  ns/pair, of memleak's", Row::Sampled, 0.15),
             Target {
                 name: "events lost",
                 kind: TargetKind::Count,
@@ -335,6 +337,7 @@ impl Measured {
                     "pairs_per_s": self.median(row, throughput),
                     "of_nothing": self.ratio(row, Row::Nothing, throughput),
                     "of_floor": self.ratio(row, Row::Floor, throughput),
+                    "of_floor_entry": self.ratio(row, Row::FloorEntry, throughput),
                     "of_floor_allocator": self.ratio(row, Row::FloorAllocator, throughput),
                     "of_memleak": self.ratio(row, Row::Memleak, throughput),
                     "target_cpus": self.median(row, |cell| Some(cell.target_cpus)),

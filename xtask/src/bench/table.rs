@@ -74,7 +74,8 @@ pub fn render(summary: &Summary) -> String {
          pairs/s       malloc + free of the target, all threads; program times are measured apart, as they cost time\n\
          pairs/CPU s   for the processor time that the target itself got, whatever else the machine did\n\
          empty         two-instruction programs at leaktrace's places: nothing that watches the same calls can be faster; for\n\
-         \x20             heap only, which does not watch mapping calls, those at the allocator only\n\
+         \x20             heap only, which does not watch mapping calls, those at the allocator only; for one in 512K, those that\n\
+         \x20             do not ask for returns\n\
          ns/run        run time of the programs at the probes, by the kernel's BPF statistics; ns/pair: for a malloc + free\n\
          lost          events that leaktrace counted as lost, worst round; memleak does not count its own\n\
          no fp         the target is compiled without frame pointers, as distributions compile; memleak needs them\n\

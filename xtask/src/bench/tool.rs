@@ -26,20 +26,29 @@ pub enum Row {
     FloorAllocator,
     /// And where mapping calls are watched.
     Floor,
+    /// The same, but for the returns: what a call costs that is not sampled.
+    FloorEntry,
     HeapOnly,
     Leaktrace,
     FramePointers,
+    /// One in 512 KiB, on average.
+    Sampled,
+    /// As it is by default.
+    Auto,
     Memleak,
 }
 
 impl Row {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
         Self::Nothing,
         Self::FloorAllocator,
         Self::Floor,
+        Self::FloorEntry,
         Self::HeapOnly,
         Self::Leaktrace,
         Self::FramePointers,
+        Self::Sampled,
+        Self::Auto,
         Self::Memleak,
     ];
 
@@ -48,9 +57,12 @@ impl Row {
             Self::Nothing => "nothing attached",
             Self::FloorAllocator => "empty, allocator only",
             Self::Floor => "empty programs",
+            Self::FloorEntry => "empty, entries only",
             Self::HeapOnly => "leaktrace, heap only",
             Self::Leaktrace => "leaktrace, exact",
             Self::FramePointers => "leaktrace, --unwind fp",
+            Self::Sampled => "leaktrace, one in 512K",
+            Self::Auto => "leaktrace, auto",
             Self::Memleak => "bcc memleak",
         }
     }
@@ -61,21 +73,33 @@ impl Row {
             Self::Nothing => "nothing",
             Self::FloorAllocator => "floor_allocator",
             Self::Floor => "floor",
+            Self::FloorEntry => "floor_entry",
             Self::HeapOnly => "leaktrace_heap",
             Self::Leaktrace => "leaktrace",
             Self::FramePointers => "leaktrace_fp",
+            Self::Sampled => "leaktrace_512k",
+            Self::Auto => "leaktrace_auto",
             Self::Memleak => "memleak",
         }
     }
 
     /// Those that leaktrace reports of.
     pub fn is_leaktrace(self) -> bool {
+        self.is_exact() || matches!(self, Self::Sampled | Self::Auto)
+    }
+
+    /// Those of them that follow every call, so that what they saw can be counted.
+    pub fn is_exact(self) -> bool {
         matches!(self, Self::HeapOnly | Self::Leaktrace | Self::FramePointers)
     }
 
     /// The empty programs at the same places.
     pub fn floor(self) -> Self {
-        if self == Self::HeapOnly { Self::FloorAllocator } else { Self::Floor }
+        match self {
+            Self::HeapOnly => Self::FloorAllocator,
+            Self::Sampled => Self::FloorEntry,
+            _ => Self::Floor,
+        }
     }
 }
 
@@ -105,16 +129,23 @@ impl Tools {
         let mut command;
         match row {
             Row::Nothing => return Ok(None),
-            Row::FloorAllocator | Row::Floor => {
+            Row::FloorAllocator | Row::Floor | Row::FloorEntry => {
                 command = Command::new(&self.floor);
                 command.arg(&pid_text);
                 if row == Row::FloorAllocator {
                     command.arg("allocator");
+                } else if row == Row::FloorEntry {
+                    command.arg("entries");
                 }
             }
-            Row::HeapOnly | Row::Leaktrace | Row::FramePointers => {
+            Row::HeapOnly | Row::Leaktrace | Row::FramePointers | Row::Sampled | Row::Auto => {
                 command = Command::new(&self.leaktrace);
-                command.args(["--sample", "exact", "--format", "json", "-p", &pid_text]);
+                let sample = match row {
+                    Row::Sampled => "512K",
+                    Row::Auto => "auto",
+                    _ => "exact",
+                };
+                command.args(["--sample", sample, "--format", "json", "-p", &pid_text]);
                 match row {
                     Row::HeapOnly => command.args(["--resource", "heap"]),
                     Row::FramePointers => command.args(["--unwind", "fp"]),
