@@ -77,13 +77,9 @@ impl Interval {
     #[inline]
     #[must_use]
     pub const fn draw(self, random: u32) -> u64 {
-        // At most 15 * 32 * ln 2 in 32 binary places: 41 bits.
-        let scaled = self.mantissa() * negative_ln(random);
-        // Of the 63 that there are, 22 remain for the exponent; where it is larger the lowest places are lost, less than a byte
-        // in a million.
-        let exponent = self.exponent();
-        let bytes = if exponent <= 22 { (scaled << exponent) >> 32 } else { (scaled >> 10) << (exponent - 22) };
-        bytes + 1
+        // At most 15 * 32 * ln 2 in 32 binary places: 41 bits. With 22 of the places there is room for an exponent of up to 31.
+        let scaled = (self.mantissa() * negative_ln(random)) >> 10;
+        ((scaled << self.exponent()) >> 22) + 1
     }
 }
 
@@ -104,7 +100,7 @@ pub const fn negative_ln(random: u32) -> u64 {
     let value = random as u64 + 1;
     let whole = value.ilog2();
     // Between one and two, in 31 places.
-    let mut number = if whole == 32 { 1 << 31 } else { (value << 31) >> whole };
+    let mut number = (value << 31) >> whole;
     let mut log2 = whole as u64;
     let mut place = 0;
     while place < PLACES {

@@ -269,17 +269,20 @@ impl Thread {
 
     #[inline(never)]
     fn draw(&mut self, interval: u64, size: u64) -> u64 {
-        if self.countdown_interval != interval {
-            // What was left was drawn with another interval. Anew: what has been counted down does not matter, since the
-            // distribution has no memory.
-            self.countdown_interval = interval;
-            self.countdown = draw(interval);
-            if size < self.countdown {
-                self.countdown -= size;
-                return 0;
-            }
+        let drawn = draw(interval);
+        if self.countdown_interval == interval {
+            self.countdown = drawn;
+            return 1;
         }
-        self.countdown = draw(interval);
+        // What was left was drawn with another interval. Anew: what has been counted down does not matter, since the distribution
+        // has no memory.
+        if size < drawn {
+            self.countdown = drawn - size;
+            self.countdown_interval = interval;
+            return 0;
+        }
+        // What comes next is drawn then: a second draw here is as much again for the verifier.
+        self.countdown_interval = 0;
         1
     }
 
