@@ -7,7 +7,7 @@ use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
 use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
-use leak_common::{Clock, MissedFree, counter};
+use leak_common::{Clock, Missed, counter};
 
 use crate::thread::Thread;
 
@@ -90,9 +90,14 @@ pub const SEEN_WAYS: usize = 4;
 #[map]
 pub static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 
-/// Addresses whose free found the ring full, with the time of the free.
+/// Frees and ends of reallocs that found the ring full, with their times.
 #[map]
-pub static MISSED: HashMap<MissedFree, u64> = HashMap::with_max_entries(65_536, 0);
+pub static MISSED: HashMap<Missed, u64> = HashMap::with_max_entries(65_536, 0);
+
+/// Of each traced process, how often something was lost that makes all that is live there doubtful. User space makes the
+/// entries, so that none is missing for want of room.
+#[map]
+pub static EPOCHS: HashMap<u32, u64> = HashMap::with_max_entries(4096, 0);
 
 /// How jiffies become nanoseconds.
 #[map]
@@ -302,6 +307,17 @@ pub fn take_address(tgid: u32, addr: u64) -> bool {
     // Should it stay, a later free of the address is sent for nothing.
     let _ = ADDRESSES.remove(address);
     true
+}
+
+/// Counts the loss of something that makes all that is live in this process doubtful.
+#[inline(never)]
+pub fn lost(tgid: u32, which: u32) -> u64 {
+    count(which);
+    // Of a process that is no longer traced nothing is live.
+    if let Some(epoch) = EPOCHS.get_ptr_mut(tgid) {
+        atomic_add(epoch, 1);
+    }
+    0
 }
 
 /// Whether this process is traced.

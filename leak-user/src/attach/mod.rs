@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapType};
+use aya::maps::{Array, HashMap as BpfHashMap, IterableMap, Map, MapData, MapType};
 use aya::programs::RawTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
@@ -229,6 +229,8 @@ pub struct Programs {
     kind: UprobeKind,
     targets: BpfHashMap<MapData, u32, [u32; 6]>,
     samplings: Samplings,
+    /// Where the kernel side counts what it lost of each target; read by `losses`.
+    epochs: BpfHashMap<MapData, u32, u64>,
     rows: Rows,
     ranges: Ranges,
     clock: ClockSync,
@@ -345,6 +347,7 @@ impl Programs {
         let uprobes = load_uprobes(&objects, kind)?;
         let walkers = if tail_calls { load_walkers(&objects, &ebpf, kind)? } else { Vec::new() };
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
+        let epochs = BpfHashMap::try_from(take_map(&mut ebpf, "EPOCHS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
         let samplings = Samplings::take(take_map(&mut ebpf, "SAMPLINGS")?, take_map(&mut ebpf, "ADDRESSES")?)?;
@@ -355,6 +358,7 @@ impl Programs {
             kind,
             targets,
             samplings,
+            epochs,
             rows,
             ranges,
             clock,
@@ -460,6 +464,12 @@ impl Programs {
         take_map(&mut self.ebpf, name)
     }
 
+    /// The map of what was lost of each process, which is written here and read elsewhere.
+    pub(crate) fn take_epochs(&self) -> Result<Map> {
+        let map: &MapData = IterableMap::map(&self.epochs);
+        Ok(Map::HashMap(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?))
+    }
+
     /// Sends what the BPF programs log to this process's log.
     pub fn forward_logs(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>> {
         aya_log::EbpfLogger::init(&mut self.ebpf).context("failed to read the BPF programs' log")
@@ -478,6 +488,7 @@ impl Programs {
     pub fn remove_target(&mut self, tgid: u32) {
         // It may have been removed before.
         let _ = self.targets.remove(&tgid);
+        let _ = self.epochs.remove(&tgid);
         self.ranges.release(tgid);
         self.samplings.release(tgid);
     }
@@ -495,6 +506,11 @@ impl Programs {
         let sampling =
             self.samplings.place(tgid).with_context(|| format!("failed to tell how pid {tgid} is sampled"))?;
         let value = [target.first_range, target.ranges, low, high, sampling, 0];
+        // Before its first record, and once: the kernel side counts there.
+        if self.epochs.get(&tgid, 0).is_err() {
+            let added = self.epochs.insert(tgid, 0, 0);
+            added.with_context(|| format!("failed to keep count of what is lost of pid {tgid}"))?;
+        }
         self.targets.insert(tgid, value, 0).with_context(|| format!("failed to add pid {tgid} to the traced processes"))
     }
 

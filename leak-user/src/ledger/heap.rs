@@ -19,6 +19,7 @@ use crate::decode::StackId;
 struct Pending {
     addr: u64,
     block: Block,
+    begun: Tick,
 }
 
 /// How a realloc ended.
@@ -125,7 +126,7 @@ impl Heap {
     /// Thread `tid` calls realloc for the block at `addr`.
     pub fn realloc_begin(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, tid: u32, addr: u64) {
         let lost = match self.blocks.remove(addr) {
-            Some(block) => self.pending.insert(tid, Pending { addr, block }),
+            Some(block) => self.pending.insert(tid, Pending { addr, block, begun: cx.tick }),
             None => self.pending.remove(&tid),
         };
         if let Some(Pending { block, .. }) = lost {
@@ -145,6 +146,18 @@ impl Heap {
             (0, _, Some(old)) => self.put_back(cx, stacks, old.addr, old.block),
             (0, _, None) => {}
             (_, _, old) => self.resized(cx, stacks, old.map(|old| old.block), new),
+        }
+    }
+
+    /// Thread `tid`'s realloc ended by `time` and nobody knows how. What it made is missed; its old block is called freed, which
+    /// is likely and makes no leak.
+    pub fn missed_realloc_end(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, tid: u32, time: Tick) {
+        // One that began later may still go on.
+        if self.pending.get(&tid).is_some_and(|pending| pending.begun <= time)
+            && let Some(Pending { block, .. }) = self.pending.remove(&tid)
+        {
+            cx.counters.pending_replaced += 1;
+            Self::died(cx, stacks, block);
         }
     }
 

@@ -84,7 +84,7 @@ pub struct Counters {
     pub live_capped: u64,
     /// Stacks that allocations name but whose records have not come. Falls when one comes after all.
     pub stacks_missing: u64,
-    /// How often [`Ledger::distrust`] was called.
+    /// How often the live set of a process, or all of them ([`Ledger::distrust`]), became doubtful.
     pub distrusts: u64,
     /// Live bytes, and blocks and ranges, that are out of verdicts since. Falls as they are freed.
     pub distrusted: Total,
@@ -274,6 +274,15 @@ impl Ledger {
         (cx, &mut self.processes)
     }
 
+    /// What an event of this tick is applied with, and its process.
+    #[inline]
+    fn context_of(&mut self, place: usize, tick: Tick) -> (Context<'_>, &mut ProcessLedger) {
+        let (mut cx, processes) = self.context(tick);
+        let process = &mut processes[place];
+        cx.distrusted |= process.is_distrusted(tick);
+        (cx, process)
+    }
+
     /// Applies one event.
     #[inline]
     pub fn apply(&mut self, event: &Event<'_>) {
@@ -284,14 +293,12 @@ impl Ledger {
         match event.what {
             What::Alloc { addr, size, stack, time, interval } => {
                 let tick = self.clock.advance(time);
-                let (mut cx, processes) = self.context(tick);
-                let process = &mut processes[place];
+                let (mut cx, process) = self.context_of(place, tick);
                 process.heap.alloc(&mut cx, &mut process.stacks, addr, Allocated { size, stack, interval });
             }
             What::Free { addr, time } => {
                 let tick = self.clock.advance(time);
-                let (mut cx, processes) = self.context(tick);
-                let process = &mut processes[place];
+                let (mut cx, process) = self.context_of(place, tick);
                 process.heap.free(&mut cx, &mut process.stacks, addr);
             }
             _ => self.apply_rare(place, event),
@@ -305,9 +312,8 @@ impl Ledger {
             Some(time) => self.clock.advance(time),
             None => self.clock.latest(),
         };
-        let (mut cx, processes) = self.context(tick);
+        let (mut cx, process) = self.context_of(place, tick);
         let cx = &mut cx;
-        let process = &mut processes[place];
         let ProcessLedger { stacks, heap, ranges, .. } = process;
         match event.what {
             What::ReallocBegin { tid, addr, .. } => heap.realloc_begin(cx, stacks, tid, addr),
@@ -332,7 +338,7 @@ impl Ledger {
             What::MapExec { addr, size, .. } => stacks.code_mapped(addr, cx.page_up(size)),
             What::Exec { .. } => {
                 // Addresses mean something else from here on.
-                let new = ProcessLedger::new(process.tgid(), process.start_time());
+                let new = process.emptied();
                 std::mem::replace(process, new).leave(cx.room);
             }
             // What it left unfreed is what a report is about; whoever knows that the process has ended removes it.
@@ -416,9 +422,19 @@ impl Ledger {
             return;
         };
         let tick = self.clock.tick(time);
-        let (mut cx, processes) = self.context(tick);
-        let process = &mut processes[place];
+        let (mut cx, process) = self.context_of(place, tick);
         process.heap.missed_free(&mut cx, &mut process.stacks, addr, tick);
+    }
+
+    /// The end of a realloc that found the ring full, from the kernel side's overflow map. To be called as [`Self::missed_free`].
+    pub fn missed_realloc_end(&mut self, tgid: u32, tid: u32, time: u64) {
+        let Some(place) = self.place(tgid) else {
+            self.counters.unknown_process += 1;
+            return;
+        };
+        let tick = self.clock.tick(time);
+        let (mut cx, process) = self.context_of(place, tick);
+        process.heap.missed_realloc_end(&mut cx, &mut process.stacks, tid, tick);
     }
 
     /// Frees were lost at or before `time`, and nobody knows which: takes all that was live then out of verdicts, also
@@ -433,6 +449,15 @@ impl Ledger {
         for process in processes {
             process.distrust(&cx, until);
         }
+    }
+
+    /// The same where all that was lost was this process's.
+    pub fn distrust_process(&mut self, tgid: u32, time: u64) {
+        let until = self.clock.advance(time);
+        let Some(place) = self.place(tgid) else { return };
+        self.counters.distrusts += 1;
+        let (cx, process) = self.context_of(place, until);
+        process.distrust(&cx, until);
     }
 
     /// Closes the windows up to `time` in every stack.

@@ -12,6 +12,8 @@ pub struct ProcessLedger {
     tgid: u32,
     start_time: u64,
     leader_exited: bool,
+    /// What was allocated in this tick or before may have been freed unseen.
+    distrusted_until: Option<Tick>,
     pub(super) stacks: Stacks,
     pub(super) heap: Heap,
     pub(super) ranges: Ranges,
@@ -23,6 +25,7 @@ impl ProcessLedger {
             tgid,
             start_time,
             leader_exited: false,
+            distrusted_until: None,
             stacks: Stacks::default(),
             heap: Heap::new(),
             ranges: Ranges::default(),
@@ -85,7 +88,20 @@ impl ProcessLedger {
         self.stacks.distrusted()
     }
 
+    /// Whether what is allocated in this tick may have been freed unseen.
+    #[inline]
+    pub(super) fn is_distrusted(&self, tick: Tick) -> bool {
+        self.distrusted_until.is_some_and(|until| tick <= until)
+    }
+
+    /// The same process with nothing live: it executed a new program.
+    pub(super) fn emptied(&self) -> Self {
+        Self { distrusted_until: self.distrusted_until, ..Self::new(self.tgid, self.start_time) }
+    }
+
     pub(super) fn distrust(&mut self, cx: &Context<'_>, until: Tick) {
+        let until = self.distrusted_until.map_or(until, |before| before.max(until));
+        self.distrusted_until = Some(until);
         self.heap.distrust(cx, &mut self.stacks, until);
         self.ranges.distrust(cx, &mut self.stacks, until);
     }

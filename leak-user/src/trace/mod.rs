@@ -456,10 +456,10 @@ impl<'a> Run<'a> {
             let followed = target.follow_threads(programs);
             match followed {
                 Ok(Followed::AsBefore) => continue,
-                Ok(Followed::Lost) => collector.core().probes_dropped(),
+                Ok(Followed::Lost) => collector.core().probes_dropped(target.id().tgid),
                 Err(error) if !target.notice_end() => {
                     log::warn!("pid {} may not be traced on: {error:#}", target.id().tgid);
-                    collector.core().probes_dropped();
+                    collector.core().probes_dropped(target.id().tgid);
                 }
                 Ok(Followed::Moved) | Err(_) => {}
             }
