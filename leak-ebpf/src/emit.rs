@@ -8,10 +8,10 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_ringbuf_output};
-use leak_common::ring::{COMMITTED, MARGIN, MAX_RECORD, RING_SIZE};
+use leak_common::ring::{COMMITTED, MAX_RECORD};
 use leak_common::{Free, Header, Missed, counter};
 
-use crate::maps::{EVENTS, MISSED, POSITIONS, RING, count, lost, own_ring};
+use crate::maps::{EVENTS, MISSED, POSITIONS, RING, count, lost, own_ring, ring_limit, ring_mask};
 
 /// Adds to a word that all CPUs share and gives what it was before: BPF's own instruction, which core does not offer for
 /// this target. It orders all memory accesses.
@@ -35,18 +35,18 @@ fn reserve(size: u64) -> Option<*mut u64> {
     let position = unsafe {
         let producer = &raw mut (*positions).producer;
         let consumer = core::ptr::read_volatile(&raw const (*positions).consumer);
-        if core::ptr::read_volatile(producer).wrapping_sub(consumer) > RING_SIZE - MARGIN {
+        if core::ptr::read_volatile(producer).wrapping_sub(consumer) > ring_limit() {
             return None;
         }
         fetch_add(producer, size)
     };
     let mut at = position;
-    // SAFETY: arithmetic on a register. In assembler, because LLVM would make the mask one of its own choice, which the
-    // verifier could not follow. Places are multiples of eight; the verifier wants to see that before an atomic operation.
+    // SAFETY: arithmetic on registers. In assembler, so that LLVM leaves it where the verifier can follow it: to that the mask is a
+    // constant, since settings are frozen. Places are multiples of eight; the verifier wants to see that before an atomic operation.
     unsafe {
-        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = const RING_SIZE as i64 - 8);
+        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = in(reg) ring_mask());
     }
-    // SAFETY: the ring is longer than RING_SIZE by the longest record.
+    // SAFETY: the ring is longer than its size by the longest record.
     Some(unsafe { ring.byte_add(at as usize) })
 }
 

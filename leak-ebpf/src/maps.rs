@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
-use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
+use leak_common::ring::{MARGIN, MAX_RECORD, Positions, RING_SIZE};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
 use leak_common::{Clock, Missed, counter};
@@ -131,6 +131,12 @@ static TAIL_CALLS: u64 = 1;
 /// Whether records go to [`RING`]; otherwise to [`EVENTS`].
 #[unsafe(no_mangle)]
 static OWN_RING: u64 = 1;
+/// The bits of a position that are a place in [`RING`]: its size less eight, as places are multiples of eight.
+#[unsafe(no_mangle)]
+static RING_MASK: u64 = RING_SIZE - 8;
+/// Bytes in [`RING`] beyond which it is full.
+#[unsafe(no_mangle)]
+static RING_LIMIT: u64 = RING_SIZE - MARGIN;
 /// Whether stacks are unwound with tables; otherwise by frame pointers alone.
 #[unsafe(no_mangle)]
 static USE_TABLES: u64 = 1;
@@ -206,6 +212,18 @@ pub fn tail_calls() -> bool {
 #[inline(always)]
 pub fn own_ring() -> bool {
     setting!(OWN_RING) != 0
+}
+
+/// The bits of a position that are a place in [`RING`].
+#[inline(always)]
+pub fn ring_mask() -> u64 {
+    setting!(RING_MASK)
+}
+
+/// Bytes in [`RING`] beyond which it is full.
+#[inline(always)]
+pub fn ring_limit() -> u64 {
+    setting!(RING_LIMIT)
 }
 
 /// Whether stacks are unwound with tables.

@@ -59,7 +59,9 @@ impl Heap {
         if addr == 0 {
             return;
         }
+        cx.counters.blocks += 1;
         let Some(stack) = cx.stack_index(stacks, id, Class::Heap) else {
+            cx.counters.not_kept += 1;
             // Nothing is kept of it; but what was there has been freed all the same.
             self.replaced(cx, stacks, addr);
             return;
@@ -72,12 +74,14 @@ impl Heap {
     fn insert(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, block: Block) {
         if !cx.room.blocks.has() && !self.replaced(cx, stacks, addr) {
             cx.counters.live_capped += 1;
+            cx.counters.not_kept += 1;
             return;
         }
         cx.room.blocks.used += 1;
         if let Some(old) = self.blocks.insert(addr, block) {
             cx.room.blocks.used -= 1;
             cx.counters.replaced += 1;
+            cx.counters.ended += 1;
             stacks.block_died(cx.now, &old);
         }
         stacks.block_born(cx.now, &block);
@@ -97,6 +101,7 @@ impl Heap {
     #[inline]
     fn died(cx: &mut Context<'_>, stacks: &mut Stacks, block: Block) {
         cx.room.blocks.used -= 1;
+        cx.counters.ended += 1;
         stacks.block_died(cx.now, &block);
     }
 
@@ -177,8 +182,10 @@ impl Heap {
     fn resized(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, old: Option<Block>, new: Resized) {
         let trusted = old.filter(|old| old.stack != DISTRUSTED);
         let index = cx.stack_index(stacks, new.stack, Class::Heap);
+        cx.counters.blocks += 1;
         if old.is_some() {
             cx.room.blocks.used -= 1;
+            cx.counters.ended += 1;
         }
         match index {
             Some(stack) => {
@@ -187,6 +194,7 @@ impl Heap {
                 self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth, interval: new.interval });
             }
             None => {
+                cx.counters.not_kept += 1;
                 self.replaced(cx, stacks, new.addr);
             }
         }

@@ -434,6 +434,8 @@ fn same(ledger: &Ledger, model: &Model) -> Result<(), TestCaseError> {
         ranges += runs(process.pages.iter().map(|(number, page)| (*number, *page))).len();
     }
     prop_assert_eq!(ledger.live_blocks(), blocks);
+    let counters = ledger.counters();
+    prop_assert_eq!(counters.blocks, blocks as u64 + counters.ended + counters.not_kept);
     prop_assert_eq!(ledger.room.ranges.used, ranges);
     Ok(())
 }

@@ -36,6 +36,7 @@ impl ProcessLedger {
     pub(super) fn forked(&self, cx: &mut Context<'_>, tgid: u32, start_time: u64) -> Self {
         let mut child = Self { tgid, start_time, leader_exited: false, ..self.clone() };
         child.enter(cx.room);
+        cx.counters.blocks += child.heap.live() as u64;
         child.heap.drop_pending(cx, &mut child.stacks);
         child.ranges.drop_pending(cx, &mut child.stacks);
         child
@@ -97,6 +98,11 @@ impl ProcessLedger {
     /// The same process with nothing live: it executed a new program.
     pub(super) fn emptied(&self) -> Self {
         Self { distrusted_until: self.distrusted_until, ..Self::new(self.tgid, self.start_time) }
+    }
+
+    /// Whether what was live at some time was taken out of verdicts.
+    pub fn was_distrusted(&self) -> bool {
+        self.distrusted_until.is_some()
     }
 
     pub(super) fn distrust(&mut self, cx: &Context<'_>, until: Tick) {

@@ -106,7 +106,10 @@ fn malloc_and_free() {
     case.free(0x999);
     case.free(0);
     assert_eq!(case.live(1), (50, 1));
-    assert_eq!(case.ledger.counters(), Counters { free_of_unknown: 2, stacks_missing: 1, ..Counters::default() });
+    assert_eq!(
+        case.ledger.counters(),
+        Counters { blocks: 2, ended: 1, free_of_unknown: 2, stacks_missing: 1, ..Counters::default() }
+    );
     assert_eq!(case.ledger.live_blocks(), 1);
 }
 

@@ -57,6 +57,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// How often the loop looks at processes, notices and keys.
 const TICK: Duration = Duration::from_millis(50);
 
+/// Names are forgotten once less than this part of the memory that may be taken is left.
+const NAMES_SHARE: u64 = 8;
+
 /// How a run ended, for the exit status.
 #[derive(Clone, Copy, Debug)]
 pub struct Finished {
@@ -156,6 +159,8 @@ struct Run<'a> {
     start_ns: u64,
     /// When the trace was cut, in nanoseconds of `CLOCK_MONOTONIC` too.
     cut: Option<(Instant, u64)>,
+    /// How often names were forgotten, to stay within the memory that may be taken.
+    names_dropped: u64,
     /// Records and time at the previous report.
     last_report: (u64, Instant),
 }
@@ -193,13 +198,15 @@ impl<'a> Run<'a> {
             forks: config.children,
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
+            kernel_memory: config.kernel_memory,
+            asked: config.sizes,
             ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
         let ring = Ring::take(&mut programs)?;
         let losses = Losses::take(&mut programs)?;
         forward_logs(&mut programs);
-        let ledger = Ledger::new(LedgerConfig { page_size: page_size() as u64, ..LedgerConfig::default() });
+        let ledger = Ledger::new(LedgerConfig::within(config.max_memory, page_size() as u64));
         let (collector, notices) = Collector::start(ledger, ring, losses, recording)?;
         let code = Code::new(programs.has_tables().then_some(settings.rows));
         let started = Instant::now();
@@ -226,6 +233,7 @@ impl<'a> Run<'a> {
             started,
             start_ns: monotonic_now(),
             cut: None,
+            names_dropped: 0,
             last_report: (0, started),
         };
         match &config.target {
@@ -352,6 +360,8 @@ impl<'a> Run<'a> {
                     target.sample(at, traced);
                 }
                 core.tell(Entry::Roll { time: monotonic_now() });
+                drop(core);
+                self.stay_within_memory();
             }
             if now.duration_since(swept) >= SWEEP_EVERY {
                 swept = now;
@@ -387,6 +397,18 @@ impl<'a> Run<'a> {
                     self.sampler.set(&self.programs, target.id().tgid, interval);
                 }
             }
+        }
+    }
+
+    /// Forgets what can be found again where too much memory is taken: names, and what was read to find them. What cannot, live
+    /// blocks and stacks, has caps of its own.
+    fn stay_within_memory(&mut self) {
+        let share = self.config.max_memory / NAMES_SHARE;
+        let is_high = crate::process::own_memory().is_some_and(|bytes| bytes > self.config.max_memory - share);
+        if is_high && self.symbols.names_kept() > 0 {
+            self.symbols.forget_names();
+            crate::process::give_back_memory();
+            self.names_dropped += 1;
         }
     }
 
@@ -541,12 +563,24 @@ impl<'a> Run<'a> {
         if let Some(pushed_out) = usage.map(|usage| usage.pushed_out).filter(|&count| count > 0) {
             report.losses.insert("unwind_tables_pushed_out".to_owned(), pushed_out);
         }
+        report.accounts = snapshot.accounts();
+        if self.names_dropped > 0 {
+            report.counters.insert("names_dropped".to_owned(), self.names_dropped);
+        }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
         for process in &mut report.processes {
             let interval = self.sampler.interval(process.pid);
             process.interval_bytes = (!interval.is_exact()).then(|| interval.bytes());
         }
+        report.memory = report::Memory {
+            kernel_bytes: self.programs.kernel_bytes(),
+            kernel_cap_bytes: self.config.kernel_memory,
+            user_bytes: crate::process::own_memory(),
+            user_cap_bytes: self.config.max_memory,
+            names: self.symbols.names_kept() as u64,
+            ..snapshot.memory()
+        };
         report.processes.extend(self.ended_children.leaking.iter().cloned());
         if let Some(system) = &self.system {
             report.processes.extend(system.settled().cloned());
