@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -195,10 +196,22 @@ impl Losses {
     }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`.
+/// Nanoseconds of `CLOCK_MONOTONIC` as the kernel side has it: in a time namespace ours is ahead of that or behind.
 pub fn monotonic_now() -> u64 {
+    static AHEAD: OnceLock<i64> = OnceLock::new();
+    let ahead = *AHEAD.get_or_init(|| {
+        // Not there: the kernel has no time namespaces.
+        std::fs::read_to_string("/proc/self/timens_offsets").ok().and_then(|text| ahead(&text)).unwrap_or(0)
+    });
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-    now.as_nanos() as u64
+    (now.as_nanos() as u64).saturating_add_signed(-ahead)
+}
+
+/// How many nanoseconds a time namespace's `CLOCK_MONOTONIC` is ahead of the host's (`time_namespaces(7)`).
+fn ahead(offsets: &str) -> Option<i64> {
+    let line = offsets.lines().find_map(|line| line.strip_prefix("monotonic"))?;
+    let mut numbers = line.split_whitespace().map_while(|number| number.parse::<i64>().ok());
+    numbers.next()?.checked_mul(1_000_000_000)?.checked_add(numbers.next()?)
 }
 
 #[cfg(test)]
@@ -243,6 +256,15 @@ mod tests {
         // 8 is another process by now, of which nothing was lost.
         assert_eq!(doubts.since(5, one(counter::FREE_LOST, 4), || epochs(&[(7, 3), (8, 0)])), of(&[7]));
         assert_eq!(doubts.since(5, one(counter::RING_FULL_OTHER, 9), || epochs(&[(7, 4), (8, 0)])), of(&[7]));
+    }
+
+    /// The offsets of a time namespace, ahead and behind, and a file that has none.
+    #[test]
+    fn offsets_of_a_time_namespace() {
+        assert_eq!(ahead("monotonic         86400         5\nboottime 7 0\n"), Some(86_400_000_000_005));
+        assert_eq!(ahead("monotonic -2 0\nboottime 0 0\n"), Some(-2_000_000_000));
+        assert_eq!(ahead("boottime 7 0\n"), None);
+        assert_eq!(ahead("monotonic x\n"), None);
     }
 
     /// The kernel side's keys are told apart by the thread.
