@@ -187,16 +187,13 @@ impl Heap {
             cx.room.blocks.used -= 1;
             cx.counters.ended += 1;
         }
-        match index {
-            Some(stack) => {
-                // What was in doubt is so no longer: it is live, and born now as far as its history can tell.
-                let birth = trusted.map_or(cx.tick, |old| old.birth);
-                self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth, interval: new.interval });
-            }
-            None => {
-                cx.counters.not_kept += 1;
-                self.replaced(cx, stacks, new.addr);
-            }
+        if let Some(stack) = index {
+            // What was in doubt is so no longer: it is live, and born now as far as its history can tell.
+            let birth = trusted.map_or(cx.tick, |old| old.birth);
+            self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth, interval: new.interval });
+        } else {
+            cx.counters.not_kept += 1;
+            self.replaced(cx, stacks, new.addr);
         }
         // After the new block, so that the floor of a stack that has both does not dip.
         if let Some(old) = old {

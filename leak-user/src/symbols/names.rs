@@ -6,6 +6,7 @@
 use super::debug_files::{Source, Sources, path_by_build_id};
 use super::image::Image;
 use super::space::Module;
+use crate::privileges::Keep;
 use blazesym::symbolize::source::{self, Elf};
 use blazesym::symbolize::{CodeInfo, Input, Reason, Sym, Symbolized, Symbolizer};
 use std::fmt::{self, Write};
@@ -82,6 +83,7 @@ impl Names {
 }
 
 fn serve(requests: &Receiver<Request>) {
+    Keep::Reading.only();
     let mut reader = Reader::new();
     while let Ok(request) = requests.recv() {
         let Request::LookUp(LookUp { module, offsets, answer }) = request else {

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::decode::{Event, StackEnd, What, decode};
 use crate::ledger::Ledger;
 use crate::losses::{Doubt, Losses, Missed, MissedWhat, monotonic_now};
+use crate::privileges::Keep;
 use crate::process::ProcessId;
 use crate::recording::{self, Entry};
 use crate::ring::Ring;
@@ -303,6 +304,7 @@ impl Collector {
         let thread = std::thread::Builder::new().name("collector".to_owned()).spawn({
             let (core, stop) = (Arc::clone(&core), Arc::clone(&stop));
             move || {
+                Keep::Collecting.only();
                 let mut before = 0;
                 while !stop.load(Ordering::Relaxed) {
                     let records = {

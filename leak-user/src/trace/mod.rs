@@ -42,6 +42,7 @@ use crate::discover::Files;
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
 use crate::losses::{Losses, monotonic_now};
+use crate::privileges::Keep;
 use crate::process::ProcessId;
 use crate::recording::{self, Entry};
 use crate::report::{self, Ended, Report};
@@ -245,6 +246,8 @@ impl<'a> Run<'a> {
             What::Command(command) => run.start_command(command)?,
             What::System { .. } => {}
         }
+        // Everything stands, or can be attached to with what is left.
+        Keep::Tracing { writes: config.output.is_some(), ends: run.command.is_some() }.only();
         Ok(run)
     }
 

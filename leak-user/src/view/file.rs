@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn devices_stay() {
         let mut file = ReportFile::create(Path::new("/dev/null")).unwrap();
-        assert!(matches!(file, ReportFile::Direct(_)));
+        assert!(matches!(file, ReportFile::Direct { .. }));
         file.write_all(b"x").unwrap();
         file.finish().unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());

@@ -103,7 +103,7 @@ pub fn figures(report: &Value) -> Figures {
 }
 
 pub fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// A trace of the load alone, heap only: mappings of threads' stacks and the like are not its accounts' business.

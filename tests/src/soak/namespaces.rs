@@ -92,7 +92,7 @@ pub struct MemoryGroup {
 
 impl MemoryGroup {
     /// `None` where there is none to be had.
-    pub fn new(limit: u64) -> Result<Option<Self>> {
+    pub fn new(limit: u64) -> Option<Self> {
         let name = format!("leaktrace-soak-{}-{:x}", std::process::id(), std::ptr::from_ref(&limit).addr());
         for (root, controller, file, peak) in [
             ("/sys/fs/cgroup", "/sys/fs/cgroup/cgroup.subtree_control", "memory.max", "memory.peak"),
@@ -112,10 +112,10 @@ impl MemoryGroup {
             }
             let group = Self { folder, peak };
             if fs::write(group.folder.join(file), limit.to_string()).is_ok() {
-                return Ok(Some(group));
+                return Some(group);
             }
         }
-        Ok(None)
+        None
     }
 
     /// Has the program started in it.
