@@ -84,6 +84,11 @@ impl ProcessLedger {
         self.heap.addresses()
     }
 
+    /// Live heap blocks that are kept, those out of verdicts included.
+    pub fn blocks(&self) -> usize {
+        self.heap.live()
+    }
+
     /// Live bytes, and blocks and ranges, that were taken out of verdicts because a free may have been lost.
     pub fn distrusted(&self) -> Total {
         self.stacks.distrusted()

@@ -365,7 +365,8 @@ fn distrust_of_one_process() {
     case.ledger.add_process(other, 0, case.now);
     case.alloc(0x10, 100, 1);
     let alloc = |case: &mut Case, tgid: u32, addr: u64, time: u64| {
-        case.ledger.apply(&Event { tgid, what: What::Alloc { addr, size: 10, stack: 1, time } });
+        case.ledger
+            .apply(&Event { tgid, what: What::Alloc { addr, size: 10, stack: 1, time, interval: Interval::EXACT } });
     };
     let now = case.now;
     alloc(&mut case, other, 0x10, now);

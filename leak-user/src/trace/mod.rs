@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use leak_common::sampling::Interval;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -60,6 +61,9 @@ const TICK: Duration = Duration::from_millis(50);
 
 /// Names are forgotten once less than this part of the memory that may be taken is left.
 const NAMES_SHARE: u64 = 8;
+
+/// How long the effect of sampling on the number of live blocks is waited for.
+const WIDEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
 /// How a run ended, for the exit status.
 #[derive(Clone, Copy, Debug)]
@@ -160,6 +164,9 @@ struct Run<'a> {
     start_ns: u64,
     /// When the trace was cut, in nanoseconds of `CLOCK_MONOTONIC` too.
     cut: Option<(Instant, u64)>,
+    /// When a process was last sampled more thinly for want of memory, and how often that was done.
+    widened: Option<Instant>,
+    widenings: u64,
     /// How often names were forgotten, to stay within the memory that may be taken.
     names_dropped: u64,
     /// Records and time at the previous report.
@@ -234,6 +241,8 @@ impl<'a> Run<'a> {
             started,
             start_ns: monotonic_now(),
             cut: None,
+            widened: None,
+            widenings: 0,
             names_dropped: 0,
             last_report: (0, started),
         };
@@ -353,6 +362,7 @@ impl<'a> Run<'a> {
             self.tend_system();
             self.resample(resampled.swap(0, Ordering::Relaxed));
             self.sampler.tend(&self.programs, &self.collector);
+            self.sample_within_memory();
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
@@ -413,6 +423,35 @@ impl<'a> Run<'a> {
             crate::process::give_back_memory();
             self.names_dropped += 1;
         }
+    }
+
+    /// Where the live blocks come near to their cap, the process that has most of them is sampled from here on, or sampled more
+    /// thinly, so that what is followed stays a fair part of all. Not where the user has said how densely.
+    fn sample_within_memory(&mut self) {
+        if self.config.sampling != Sampling::Auto || self.widened.is_some_and(|at| at.elapsed() < WIDEN_AGAIN_AFTER) {
+            return;
+        }
+        let largest = {
+            let core = self.collector.core();
+            if core.ledger.live_blocks() < core.ledger.most_blocks() / 4 * 3 {
+                return;
+            }
+            let live = |target: &Target| core.ledger.process(target.id().tgid).map_or(0, |process| process.blocks());
+            let running = self.targets.iter().filter(|target| target.ended.is_none());
+            let Some(largest) = running.max_by_key(|target| live(target)).map(|target| target.id().tgid) else {
+                return;
+            };
+            let total = core.ledger.process(largest).map(|process| process.live()).unwrap_or_default();
+            (largest, total.bytes / total.count.max(1))
+        };
+        let (tgid, mean) = largest;
+        // At first about one in eight of blocks of the usual size, then a quarter of that each time.
+        let before = self.sampler.interval(tgid);
+        let interval = Interval::near((before.bytes() * 4).max(mean.saturating_mul(8)));
+        log::info!("pid {tgid}: sampled once in {} bytes, to stay within --max-memory", interval.bytes());
+        self.sampler.set(&self.programs, tgid, interval);
+        self.widened = Some(Instant::now());
+        self.widenings += 1;
     }
 
     /// Does what the stream asked for.
@@ -567,6 +606,9 @@ impl<'a> Run<'a> {
             report.losses.insert("unwind_tables_pushed_out".to_owned(), pushed_out);
         }
         report.accounts = snapshot.accounts();
+        if self.widenings > 0 {
+            report.counters.insert("sampled_for_memory".to_owned(), self.widenings);
+        }
         if self.names_dropped > 0 {
             report.counters.insert("names_dropped".to_owned(), self.names_dropped);
         }

@@ -43,7 +43,7 @@ pub struct Fault {
 }
 
 /// All of them.
-pub const FAULTS: [Fault; 11] = [
+pub const FAULTS: [Fault; 12] = [
     Fault { name: "ring of one page under full load", run: faults::small_ring },
     Fault { name: "overflow map of 16 frees", run: faults::small_overflow_map },
     Fault { name: "in-flight table of 16 threads", run: faults::few_threads },
@@ -54,6 +54,7 @@ pub const FAULTS: [Fault; 11] = [
     Fault { name: "threads started and ended", run: faults::many_threads },
     Fault { name: "disk full for -o", run: faults::disk_full },
     Fault { name: "clock of another time namespace", run: faults::other_clock },
+    Fault { name: "more live blocks than fit", run: faults::many_blocks },
     Fault { name: "memory limit on the tracer", run: faults::memory_limit },
 ];
 
