@@ -278,14 +278,13 @@ const _: () = assert!(size_of::<Process>() == 24);
 pub mod counter {
     /// Allocation records that found the ring full.
     pub const RING_FULL_ALLOC: u32 = 0;
-    /// Free records that found the ring full and went to the overflow map.
+    /// Free records, and ends of reallocs, that found the ring full and went to the overflow map.
     pub const RING_FULL_FREE: u32 = 1;
-    /// Free records that found both the ring and the overflow map full, and calls that are a [`crate::op::FREE_UNNAMED`]; each
-    /// raises the epoch.
+    /// The same that found the overflow map full too, and calls that are a [`crate::op::FREE_UNNAMED`]; each raises the process's epoch.
     pub const FREE_LOST: u32 = 2;
     /// Stack records that found the ring full; they are sent again with the next allocation from that stack.
     pub const RING_FULL_STACK: u32 = 3;
-    /// Records of other kinds that found the ring full.
+    /// Changes of mappings and processes that found the ring full, or whose thread found no room; each raises the process's epoch.
     pub const RING_FULL_OTHER: u32 = 4;
     /// Calls not followed because the table of threads was full.
     pub const THREADS_FULL: u32 = 5;
@@ -315,15 +314,17 @@ pub mod counter {
     pub const COUNT: u32 = 24;
 }
 
-/// Key of the overflow map: the address of a free that found the ring full.
+/// Key of the overflow map: what found the ring full. The value is when that was, nanoseconds of `CLOCK_MONOTONIC`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MissedFree {
+pub struct Missed {
     pub tgid: u32,
-    pub reserved: u32,
+    /// The thread whose realloc ended; zero: a free.
+    pub tid: u32,
+    /// The block that was freed; zero for the end of a realloc.
     pub addr: u64,
 }
-const _: () = assert!(size_of::<MissedFree>() == 16);
+const _: () = assert!(size_of::<Missed>() == 16);
 
 /// Key of the map of page faults: a process, and the hash of a call stack in which it touched new pages.
 #[repr(C)]

@@ -8,10 +8,10 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_ringbuf_output};
-use leak_common::ring::{COMMITTED, MARGIN, MAX_RECORD, RING_SIZE};
-use leak_common::{Free, Header, MissedFree, counter};
+use leak_common::ring::{COMMITTED, MAX_RECORD};
+use leak_common::{Free, Header, Missed, counter};
 
-use crate::maps::{EVENTS, MISSED, POSITIONS, RING, count, own_ring};
+use crate::maps::{EVENTS, MISSED, POSITIONS, RING, count, lost, own_ring, ring_limit, ring_mask};
 
 /// Adds to a word that all CPUs share and gives what it was before: BPF's own instruction, which core does not offer for
 /// this target. It orders all memory accesses.
@@ -35,18 +35,18 @@ fn reserve(size: u64) -> Option<*mut u64> {
     let position = unsafe {
         let producer = &raw mut (*positions).producer;
         let consumer = core::ptr::read_volatile(&raw const (*positions).consumer);
-        if core::ptr::read_volatile(producer).wrapping_sub(consumer) > RING_SIZE - MARGIN {
+        if core::ptr::read_volatile(producer).wrapping_sub(consumer) > ring_limit() {
             return None;
         }
         fetch_add(producer, size)
     };
     let mut at = position;
-    // SAFETY: arithmetic on a register. In assembler, because LLVM would make the mask one of its own choice, which the
-    // verifier could not follow. Places are multiples of eight; the verifier wants to see that before an atomic operation.
+    // SAFETY: arithmetic on registers. In assembler, so that LLVM leaves it where the verifier can follow it: to that the mask is a
+    // constant, since settings are frozen. Places are multiples of eight; the verifier wants to see that before an atomic operation.
     unsafe {
-        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = const RING_SIZE as i64 - 8);
+        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = in(reg) ring_mask());
     }
-    // SAFETY: the ring is longer than RING_SIZE by the longest record.
+    // SAFETY: the ring is longer than its size by the longest record.
     Some(unsafe { ring.byte_add(at as usize) })
 }
 
@@ -133,6 +133,14 @@ pub fn emit<T>(record: T, lost: u32) -> bool {
     false
 }
 
+/// Writes what happened to this process's mappings, or to itself. Should it get lost, all that is live there is doubtful.
+#[inline(always)]
+pub fn emit_change<T>(tgid: u32, record: T) {
+    if !output(&record) {
+        lost(tgid, counter::RING_FULL_OTHER);
+    }
+}
+
 #[inline(always)]
 pub const fn header(kind: u8, op: u8, flags: u16, tgid: u32) -> Header {
     Header { kind, op, flags, tgid }
@@ -149,13 +157,24 @@ pub fn emit_free(tgid: u32, addr: u64, time: u64) {
 }
 
 /// Keeps aside the address of a free that found the ring full.
+#[inline(always)]
+pub fn missed_free(tgid: u32, addr: u64, time: u64) {
+    missed(tgid, 0, addr, time);
+}
+
+/// Keeps aside that a thread's realloc has ended, so that the block it was called with does not count as live for as long as
+/// the thread does not call it again. What became of the block is not known: most likely it was freed.
+#[inline(always)]
+pub fn missed_end(tgid: u32, tid: u32, time: u64) {
+    missed(tgid, tid, 0, time);
+}
+
 #[inline(never)]
-pub fn missed_free(tgid: u32, addr: u64, time: u64) -> u64 {
-    let key = MissedFree { tgid, reserved: 0, addr };
-    if MISSED.insert(key, time, 0).is_ok() {
+fn missed(tgid: u32, tid: u32, addr: u64, time: u64) -> u64 {
+    if MISSED.insert(Missed { tgid, tid, addr }, time, 0).is_ok() {
         count(counter::RING_FULL_FREE);
     } else {
-        count(counter::FREE_LOST);
+        lost(tgid, counter::FREE_LOST);
     }
     0
 }

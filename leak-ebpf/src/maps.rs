@@ -4,10 +4,10 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
-use leak_common::ring::{MAX_RECORD, Positions, RING_SIZE};
+use leak_common::ring::{MARGIN, MAX_RECORD, Positions, RING_SIZE};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
-use leak_common::{Clock, MissedFree, PageKey, counter};
+use leak_common::{Clock, Missed, PageKey, counter};
 
 use crate::thread::Thread;
 
@@ -90,9 +90,14 @@ pub const SEEN_WAYS: usize = 4;
 #[map]
 pub static GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 
-/// Addresses whose free found the ring full, with the time of the free.
+/// Frees and ends of reallocs that found the ring full, with their times.
 #[map]
-pub static MISSED: HashMap<MissedFree, u64> = HashMap::with_max_entries(65_536, 0);
+pub static MISSED: HashMap<Missed, u64> = HashMap::with_max_entries(65_536, 0);
+
+/// Of each traced process, how often something was lost that makes all that is live there doubtful. User space makes the
+/// entries, so that none is missing for want of room.
+#[map]
+pub static EPOCHS: HashMap<u32, u64> = HashMap::with_max_entries(4096, 0);
 
 /// Processes whose page faults are looked at, and of how many one is.
 #[map]
@@ -138,6 +143,12 @@ static TAIL_CALLS: u64 = 1;
 /// Whether records go to [`RING`]; otherwise to [`EVENTS`].
 #[unsafe(no_mangle)]
 static OWN_RING: u64 = 1;
+/// The bits of a position that are a place in [`RING`]: its size less eight, as places are multiples of eight.
+#[unsafe(no_mangle)]
+static RING_MASK: u64 = RING_SIZE - 8;
+/// Bytes in [`RING`] beyond which it is full.
+#[unsafe(no_mangle)]
+static RING_LIMIT: u64 = RING_SIZE - MARGIN;
 /// Whether stacks are unwound with tables; otherwise by frame pointers alone.
 #[unsafe(no_mangle)]
 static USE_TABLES: u64 = 1;
@@ -224,6 +235,18 @@ pub fn tail_calls() -> bool {
 #[inline(always)]
 pub fn own_ring() -> bool {
     setting!(OWN_RING) != 0
+}
+
+/// The bits of a position that are a place in [`RING`].
+#[inline(always)]
+pub fn ring_mask() -> u64 {
+    setting!(RING_MASK)
+}
+
+/// Bytes in [`RING`] beyond which it is full.
+#[inline(always)]
+pub fn ring_limit() -> u64 {
+    setting!(RING_LIMIT)
 }
 
 /// Whether stacks are unwound with tables.
@@ -325,6 +348,17 @@ pub fn take_address(tgid: u32, addr: u64) -> bool {
     // Should it stay, a later free of the address is sent for nothing.
     let _ = ADDRESSES.remove(address);
     true
+}
+
+/// Counts the loss of something that makes all that is live in this process doubtful.
+#[inline(never)]
+pub fn lost(tgid: u32, which: u32) -> u64 {
+    count(which);
+    // Of a process that is no longer traced nothing is live.
+    if let Some(epoch) = EPOCHS.get_ptr_mut(tgid) {
+        atomic_add(epoch, 1);
+    }
+    0
 }
 
 /// Whether this process is traced.

@@ -189,15 +189,24 @@ pub struct TraceFlags {
     #[arg(long, value_enum, default_value_t, help_heading = "What is followed")]
     pub unwind: UnwindFlag,
 
-    /// Kernel memory for unwind tables; what does not fit makes stacks incomplete, and is counted
-    #[arg(
-        long,
-        value_name = "SIZE",
-        default_value = "16MiB",
-        allow_hyphen_values = true,
-        help_heading = "What is followed"
-    )]
-    pub unwind_memory: String,
+    /// Kernel memory for all that the probes keep: ring buffer, threads, unwind tables; threads that do not fit are not followed, and
+    /// counted
+    #[arg(long, value_name = "SIZE", default_value = "128MiB", allow_hyphen_values = true, help_heading = "Memory")]
+    pub kernel_memory: String,
+
+    /// Of that, for unwind tables; what does not fit makes stacks incomplete, and is counted [default: 16MiB, and at most a quarter
+    /// of --kernel-memory]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = "Memory")]
+    pub unwind_memory: Option<String>,
+
+    /// Memory of leaktrace itself, for live blocks, call stacks and names; blocks and stacks that do not fit are not followed, and
+    /// counted
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", allow_hyphen_values = true, help_heading = "Memory")]
+    pub max_memory: String,
+
+    /// Sizes of what is hard to fill otherwise; for tests of what happens then
+    #[arg(long, value_name = "ring=BYTES,threads=N,missed=N", value_delimiter = ',', hide = true)]
+    pub sizes: Vec<String>,
 
     /// What to do without, as if the kernel did not have it; for tests of the ways around it
     #[arg(long, value_enum, value_name = "WHAT", value_delimiter = ',', hide = true)]

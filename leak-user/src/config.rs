@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use leak_common::sampling::Interval;
 
+use crate::attach::{Asked, LEAST_KERNEL_MEMORY};
 pub use crate::cli::Format;
 use crate::cli::{Feature, Flags, ResourceFlag, Subcommands, TraceFlags, UnwindFlag};
 use crate::discover::Named;
@@ -53,8 +54,14 @@ pub struct Config {
     /// Report only blocks of at least this age.
     pub older_than: Duration,
     pub unwind: Unwind,
-    /// Bytes of kernel memory for unwind tables.
+    /// Bytes of kernel memory for everything.
+    pub kernel_memory: u64,
+    /// Bytes of it for unwind tables.
     pub unwind_memory: u64,
+    /// Bytes of leaktrace's own memory.
+    pub max_memory: u64,
+    /// Sizes that a test asks for.
+    pub sizes: Asked,
     /// Allocators that are not found by themselves.
     pub allocators: Vec<Named>,
     pub resources: Resources,
@@ -169,6 +176,7 @@ impl Config {
         }
         let resample = flags.resample.iter().map(|value| sampling(value)).collect::<Result<_, _>>()?;
         let sampling = sampling(&flags.sample)?;
+        let kernel_memory = memory("--kernel-memory", &flags.kernel_memory, KERNEL_MEMORY)?;
         let output = flags.output.map(|path| file("--output", path)).transpose()?;
         let record = flags.record.map(|path| file("--record", path)).transpose()?;
         if output.is_some() && output == record {
@@ -195,7 +203,10 @@ impl Config {
                 UnwindFlag::Auto if cfg!(target_arch = "x86_64") => Unwind::Tables,
                 UnwindFlag::Auto | UnwindFlag::Fp => Unwind::FramePointers,
             },
-            unwind_memory: unwind_memory(&flags.unwind_memory)?,
+            kernel_memory,
+            unwind_memory: unwind_memory(flags.unwind_memory.as_deref(), kernel_memory)?,
+            max_memory: memory("--max-memory", &flags.max_memory, MAX_MEMORY)?,
+            sizes: asked(&flags.sizes)?,
             allocators: flags.allocators.into_iter().map(allocator).collect::<Result<_, _>>()?,
             resources: Resources {
                 heap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Heap),
@@ -304,10 +315,48 @@ fn size(option: &str, value: &str) -> Result<u64, UsageError> {
 /// bytes.
 const UNWIND_MEMORY: RangeInclusive<u64> = 64 << 10..=128 << 20;
 
-fn unwind_memory(value: &str) -> Result<u64, UsageError> {
-    parse_size(value)
-        .filter(|size| UNWIND_MEMORY.contains(size))
-        .ok_or_else(|| UsageError::value("--unwind-memory", value, "must be a size from 64K to 128MiB"))
+/// Kernel memory for unwind tables where the user says nothing; of all kernel memory a quarter at most.
+const USUAL_UNWIND_MEMORY: u64 = 16 << 20;
+
+/// From what the maps take at the least, with a quarter of it for tables.
+const KERNEL_MEMORY: RangeInclusive<u64> = LEAST_KERNEL_MEMORY / 3 * 4..=4 << 30;
+/// Below the lower end there would be no room for the programs themselves and the files that names are read from.
+const MAX_MEMORY: RangeInclusive<u64> = 64 << 20..=1 << 40;
+
+fn unwind_memory(value: Option<&str>, kernel_memory: u64) -> Result<u64, UsageError> {
+    let Some(value) = value else {
+        return Ok(USUAL_UNWIND_MEMORY.min(kernel_memory / 4));
+    };
+    let size = memory("--unwind-memory", value, UNWIND_MEMORY)?;
+    if size > kernel_memory / 2 {
+        return Err(UsageError::value("--unwind-memory", value, "must not be more than half of --kernel-memory"));
+    }
+    Ok(size)
+}
+
+fn memory(option: &str, value: &str, accepted: RangeInclusive<u64>) -> Result<u64, UsageError> {
+    parse_size(value).filter(|size| accepted.contains(size)).ok_or_else(|| {
+        let [from, to] = [accepted.start(), accepted.end()].map(|bytes| format!("{}KiB", bytes >> 10));
+        UsageError::value(option, value, format_args!("must be a size from {from} to {to}, such as 64MiB"))
+    })
+}
+
+/// The sizes that a test asks for.
+fn asked(values: &[String]) -> Result<Asked, UsageError> {
+    let mut asked = Asked::default();
+    for value in values {
+        let refused = || UsageError::value("--sizes", value, "must be ring=BYTES, threads=N or missed=N");
+        let (name, number) = value.split_once('=').ok_or_else(refused)?;
+        let number = parse_size(number).and_then(|number| u32::try_from(number).ok()).filter(|number| *number > 0);
+        let place = match name {
+            "ring" => &mut asked.ring,
+            "threads" => &mut asked.threads,
+            "missed" => &mut asked.missed,
+            _ => return Err(refused()),
+        };
+        *place = Some(number.ok_or_else(refused)?);
+    }
+    Ok(asked)
 }
 
 /// Bytes of `4096`, `64K`, `64KiB`, `1.5MiB`; K, KB and KiB are all 1024. `None` if it is none of these.
@@ -423,7 +472,10 @@ mod tests {
                 max_size: u64::MAX,
                 older_than: Duration::ZERO,
                 unwind: Unwind::Tables,
+                kernel_memory: 128 << 20,
                 unwind_memory: 16 << 20,
+                max_memory: 2 << 30,
+                sizes: Asked::default(),
                 allocators: Vec::new(),
                 resources: Resources { heap: true, mmap: true },
                 fail_on_leak: false,
@@ -523,6 +575,11 @@ mod tests {
             (&["--max-overhead", "0"], "--max-overhead", "'0'", "above 0"),
             (&["--max-overhead", "nan"], "--max-overhead", "'nan'", "above 0"),
             (&["--max-overhead", "101"], "--max-overhead", "'101'", "up to 100"),
+            (&["--kernel-memory", "4MiB"], "--kernel-memory", "'4MiB'", "16384KiB"),
+            (&["--kernel-memory", "16MiB", "--unwind-memory", "9MiB"], "--unwind-memory", "'9MiB'", "half"),
+            (&["--max-memory", "1MiB"], "--max-memory", "'1MiB'", "65536KiB"),
+            (&["--sizes", "ring"], "--sizes", "'ring'", "threads=N"),
+            (&["--sizes", "ring=0"], "--sizes", "'ring=0'", "threads=N"),
             (&["--allocator", ":je_"], "--allocator", "':je_'", "path"),
             (&["--allocator", "/lib/:je_"], "--allocator", "'/lib/:je_'", "path"),
             (&["--allocator", "/lib/libx.so:"], "--allocator", "'/lib/libx.so:'", "je_"),
@@ -627,6 +684,17 @@ mod tests {
         for args in [["--duration", "\x1b[2J", "-p", "7"], ["-p", "7", "--", "\x1b[2J"]] {
             assert!(!check(&args).unwrap_err().to_string().contains('\x1b'));
         }
+    }
+
+    /// Unwind tables take a quarter of a small kernel memory, and what tests ask for arrives.
+    #[test]
+    fn memory_is_shared_out() {
+        let c =
+            config(&["--kernel-memory", "32MiB", "--max-memory", "64MiB", "--sizes", "ring=4K,missed=16", "-p", "7"]);
+        assert_eq!((c.kernel_memory, c.unwind_memory, c.max_memory), (32 << 20, 8 << 20, 64 << 20));
+        assert_eq!(c.sizes, Asked { ring: Some(4096), threads: None, missed: Some(16) });
+        let c = config(&["--kernel-memory", "32MiB", "--unwind-memory", "1MiB", "-p", "7"]);
+        assert_eq!(c.unwind_memory, 1 << 20);
     }
 
     /// Sizes in all their spellings, and what is none.

@@ -19,8 +19,14 @@ const UPROBES: &str = "/sys/bus/event_source/devices/uprobe/type";
 const OLDEST: (u32, u32) = (5, 10);
 
 /// Bits of the effective capability set (include/uapi/linux/capability.h).
-const CAPABILITIES: [(&str, u32); 4] =
-    [("CAP_SYS_ADMIN", 21), ("CAP_SYS_PTRACE", 19), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
+const CAPABILITIES: [(&str, u32); 6] = [
+    ("CAP_SYS_ADMIN", 21),
+    ("CAP_SYS_PTRACE", 19),
+    ("CAP_PERFMON", 38),
+    ("CAP_BPF", 39),
+    ("CAP_CHECKPOINT_RESTORE", 40),
+    ("CAP_DAC_READ_SEARCH", 2),
+];
 
 /// What was found out about the host; `None` where it could not be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -165,15 +171,20 @@ impl Facts {
         counts && CAPABILITIES.iter().any(|(name, bit)| *name == capability && self.capabilities >> bit & 1 == 1)
     }
 
+    /// Whether a capability is held, or the one that stood for it before it was split off (5.8, 5.9).
+    fn stands_for(&self, capability: &str) -> bool {
+        self.has(capability) || (capability != "CAP_SYS_PTRACE" && self.has("CAP_SYS_ADMIN"))
+    }
+
     /// Whether BPF programs can be loaded and attached.
     fn may_load(&self) -> bool {
-        self.has("CAP_SYS_ADMIN") || (self.has("CAP_BPF") && self.has("CAP_PERFMON"))
+        self.stands_for("CAP_BPF") && self.stands_for("CAP_PERFMON")
     }
 }
 
 /// All checks, in the order in which they matter.
 pub fn checks(facts: &Facts) -> Vec<Check> {
-    let mut checks = vec![privileges(facts), kernel(facts)];
+    let mut checks = vec![privileges(facts), mapped_files(facts), kernel(facts)];
     checks.push(Check::new(
         "uprobes",
         if facts.uprobes { Status::Ok } else { Status::Missing },
@@ -232,7 +243,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         ("unprivileged_bpf_disabled", facts.unprivileged_bpf_disabled),
     ] {
         let value = value.map_or_else(|| "not in this kernel".to_owned(), |value| value.to_string());
-        checks.push(Check::new(name, Status::Ok, format!("{value}; does not matter to root"), ""));
+        checks.push(Check::new(name, Status::Ok, format!("{value}; does not matter with CAP_BPF and CAP_PERFMON"), ""));
     }
     checks
 }
@@ -253,8 +264,26 @@ fn privileges(facts: &Facts) -> Check {
     } else if held.is_empty() {
         Check::new("privileges", Status::Missing, "no permission to trace: no capability of those needed", remedy)
     } else {
-        Check::new("privileges", Status::Missing, format!("no permission to trace: only {}", held.join(", ")), remedy)
+        let needed = ["CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE"];
+        let missing: Vec<&str> = needed.into_iter().filter(|name| !facts.stands_for(name)).collect();
+        let detail = format!("no permission to trace: {} missing, only {} held", missing.join(", "), held.join(", "));
+        Check::new("privileges", Status::Missing, detail, remedy)
     }
+}
+
+/// How files of traced processes are opened.
+fn mapped_files(facts: &Facts) -> Check {
+    // The first opens what is in `map_files`, the second that folder, which belongs to the user of the process, and what only he may
+    // read.
+    if facts.stands_for("CAP_CHECKPOINT_RESTORE") && facts.has("CAP_DAC_READ_SEARCH") {
+        return Check::new("mapped files", Status::Ok, "whatever became of their names (map_files)", "");
+    }
+    Check::new(
+        "mapped files",
+        Status::Warn,
+        "by their names, as far as all may read them: libraries that were deleted or replaced since they were loaded are not traced",
+        "grant CAP_CHECKPOINT_RESTORE and CAP_DAC_READ_SEARCH too",
+    )
 }
 
 fn kernel(facts: &Facts) -> Check {
@@ -412,6 +441,19 @@ mod tests {
             assert_eq!(blocked.0[0].name, name);
             assert!(blocked.0[0].remedy.is_some_and(|remedy| blocked.to_string().contains(remedy)), "{blocked}");
         }
+    }
+
+    /// What is missing of the capabilities is named, and what mapped files need is only a warning.
+    #[test]
+    fn missing_capabilities_are_named() {
+        let facts = Facts { capabilities: 1 << 38 | 1 << 39, ..healthy() };
+        let text = blocking(&facts).expect_err("no ptrace").to_string();
+        assert!(text.contains("CAP_SYS_PTRACE missing, only CAP_PERFMON, CAP_BPF held"), "{text}");
+        let files = |capabilities| mapped_files(&Facts { capabilities, ..healthy() });
+        assert_eq!(files(1 << 19 | 1 << 38 | 1 << 39).status, Status::Warn);
+        assert_eq!(files(1 << 40).status, Status::Warn);
+        assert_eq!(files(1 << 40 | 1 << 2).status, Status::Ok);
+        assert_eq!(files(1 << 21 | 1 << 2).status, Status::Ok);
     }
 
     /// The capabilities that take root's place are enough.

@@ -16,6 +16,8 @@
 //!
 //! [`scout`] watches processes that are not traced, and decides who is worth it.
 //!
+//! [`privileges`] gives up what rights are no longer needed.
+//!
 //! [`trace`] ties them together; [`cli`] and [`config`] are the command line; [`doctor`] tells what this host can do.
 
 pub mod attach;
@@ -28,6 +30,7 @@ pub mod doctor;
 pub mod labels;
 pub mod ledger;
 pub mod losses;
+pub mod privileges;
 pub mod process;
 pub mod recording;
 pub mod report;

@@ -3,21 +3,50 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use bytes::Buf as _;
 use leak_common::counter;
 
 use crate::attach::{Programs, lookup_and_delete, recursion_misses};
 
-/// A free whose record found the ring full; its address was kept aside.
+/// Something whose record found the ring full and that was kept aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MissedFree {
+pub struct Missed {
     pub tgid: u32,
-    pub addr: u64,
+    pub what: MissedWhat,
     /// Nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissedWhat {
+    /// The block at this address was freed.
+    Free { addr: u64 },
+    /// This thread's realloc ended.
+    ReallocEnd { tid: u32 },
+}
+
+impl Missed {
+    /// From a key of the overflow map, `leak_common::Missed`, and its time.
+    fn new(key: [u8; 16], time: u64) -> Self {
+        let mut r = &key[..];
+        let (tgid, tid, addr) = (r.get_u32_ne(), r.get_u32_ne(), r.get_u64_ne());
+        let what = if tid == 0 { MissedWhat::Free { addr } } else { MissedWhat::ReallocEnd { tid } };
+        Self { tgid, what, time }
+    }
+}
+
+/// Whose live sets became doubtful, because frees, or changes of mappings or processes, were lost that nothing is known of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Doubt {
+    /// Of these processes; of none if it is empty.
+    Of(Vec<u32>),
+    /// Of all: nobody knows whose it was.
+    All,
 }
 
 /// Names of the counters in the report, with their slots.
@@ -58,9 +87,43 @@ impl Skipped {
     }
 }
 
-/// What makes live sets doubtful: frees, and changes of mappings or processes, that nothing is known of.
-fn for_good(counter: impl Fn(u32) -> u64, skipped: u64) -> u64 {
-    counter(counter::FREE_LOST) + counter(counter::RING_FULL_OTHER) + skipped
+/// What was seen of the losses that make live sets doubtful, to find out whether there were more since.
+#[derive(Debug, Default)]
+struct Doubts {
+    skipped: u64,
+    /// Lost frees, and lost changes of mappings and processes, of all processes.
+    lost: u64,
+    /// The same by process.
+    epochs: BTreeMap<u32, u64>,
+}
+
+impl Doubts {
+    /// Whose live sets became doubtful since the last time. `epochs` is asked only if something was lost.
+    fn since(
+        &mut self,
+        skipped: u64,
+        counter: impl Fn(u32) -> u64,
+        epochs: impl FnOnce() -> BTreeMap<u32, u64>,
+    ) -> Doubt {
+        // A program that was skipped did not come to see whose process it was.
+        let all = std::mem::replace(&mut self.skipped, skipped) != skipped;
+        let lost = counter(counter::FREE_LOST) + counter(counter::RING_FULL_OTHER);
+        let mut of = Vec::new();
+        if std::mem::replace(&mut self.lost, lost) != lost {
+            let now = epochs();
+            // A process that is traced anew begins at zero again.
+            of.extend(
+                now.iter()
+                    .filter(|(tgid, epoch)| {
+                        let before = self.epochs.get(tgid).copied().unwrap_or(0);
+                        **epoch != before && **epoch != 0
+                    })
+                    .map(|(tgid, _)| *tgid),
+            );
+            self.epochs = now;
+        }
+        if all { Doubt::All } else { Doubt::Of(of) }
+    }
 }
 
 /// The kernel side's counters and its overflow map.
@@ -69,6 +132,8 @@ pub struct Losses {
     counters: PerCpuArray<MapData, u64>,
     missed: HashMap<MapData, [u8; 16], u64>,
     missed_fd: OwnedFd,
+    epochs: HashMap<MapData, u32, u64>,
+    doubts: Doubts,
 }
 
 impl Losses {
@@ -84,6 +149,8 @@ impl Losses {
             counters: PerCpuArray::try_from(programs.take_map("COUNTERS")?)?,
             missed: HashMap::try_from(missed)?,
             missed_fd,
+            epochs: HashMap::try_from(programs.take_epochs()?)?,
+            doubts: Doubts::default(),
         })
     }
 
@@ -98,25 +165,25 @@ impl Losses {
         named.chain([(PROGRAMS_SKIPPED, self.skipped.sum())]).map(|(name, count)| (name.to_owned(), count)).collect()
     }
 
-    /// How much was lost since the start that nothing makes up for.
-    pub fn for_good(&self) -> u64 {
-        for_good(|slot| self.get(slot), self.skipped.sum())
+    /// Whose live sets became doubtful since this was asked last.
+    pub fn doubt(&mut self) -> Doubt {
+        let Self { skipped, counters, epochs, doubts, .. } = self;
+        let counter = |slot: u32| counters.get(&slot, 0).map_or(0, |values| values.iter().sum());
+        doubts.since(skipped.sum(), counter, || epochs.iter().filter_map(Result::ok).collect())
     }
 
-    /// Takes the kept addresses out of the overflow map.
-    pub fn drain_missed(&mut self) -> Vec<MissedFree> {
+    /// Takes out of the overflow map what was kept aside there.
+    pub fn drain_missed(&mut self) -> Vec<Missed> {
         let keys: Vec<[u8; 16]> = self.missed.keys().filter_map(Result::ok).collect();
         keys.into_iter()
             .filter_map(|key| {
                 let time = self.take_missed(&key)?;
-                // The key is `leak_common::MissedFree`: tgid, four reserved bytes, address.
-                let (tgid, addr) = (key.first_chunk::<4>()?, key.last_chunk::<8>()?);
-                Some(MissedFree { tgid: u32::from_ne_bytes(*tgid), addr: u64::from_ne_bytes(*addr), time })
+                Some(Missed::new(key, time))
             })
             .collect()
     }
 
-    /// Removes one kept address and says when it was freed last. Reading and removing must be one step: an address that is
+    /// Removes one key and says when it was kept last. Reading and removing must be one step: an address that is
     /// handed out and freed once more in between would otherwise lose that free. Kernels that cannot (before 5.14) get the
     /// time of the removal, which is no earlier than any free that was kept: a newer block may be forgotten, none is
     /// invented.
@@ -129,10 +196,22 @@ impl Losses {
     }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`.
+/// Nanoseconds of `CLOCK_MONOTONIC` as the kernel side has it: in a time namespace ours is ahead of that or behind.
 pub fn monotonic_now() -> u64 {
+    static AHEAD: OnceLock<i64> = OnceLock::new();
+    let ahead = *AHEAD.get_or_init(|| {
+        // Not there: the kernel has no time namespaces.
+        std::fs::read_to_string("/proc/self/timens_offsets").ok().and_then(|text| ahead(&text)).unwrap_or(0)
+    });
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-    now.as_nanos() as u64
+    (now.as_nanos() as u64).saturating_add_signed(-ahead)
+}
+
+/// How many nanoseconds a time namespace's `CLOCK_MONOTONIC` is ahead of the host's (`time_namespaces(7)`).
+fn ahead(offsets: &str) -> Option<i64> {
+    let line = offsets.lines().find_map(|line| line.strip_prefix("monotonic"))?;
+    let mut numbers = line.split_whitespace().map_while(|number| number.parse::<i64>().ok());
+    numbers.next()?.checked_mul(1_000_000_000)?.checked_add(numbers.next()?)
 }
 
 #[cfg(test)]
@@ -161,15 +240,44 @@ mod tests {
         assert_eq!(skipped(vec![file(3), folder, file(0), file(4)]), 7);
     }
 
-    /// Lost frees, lost changes and skipped programs each make live sets doubtful; a free that was kept aside does not.
+    /// Lost frees and lost changes make the live set of their process doubtful, skipped programs those of all; a free that was
+    /// kept aside none.
     #[test]
     fn what_nothing_makes_up_for() {
-        let one = |wanted: u32| move |slot: u32| u64::from(slot == wanted);
-        assert_eq!(for_good(one(counter::FREE_LOST), 0), 1);
-        assert_eq!(for_good(one(counter::RING_FULL_OTHER), 0), 1);
-        assert_eq!(for_good(one(counter::RING_FULL_FREE), 0), 0);
-        assert_eq!(for_good(one(counter::RING_FULL_ALLOC), 0), 0);
-        assert_eq!(for_good(|_| 0, 5), 5);
-        assert_eq!(for_good(one(counter::FREE_LOST), 5), 6);
+        let one = |wanted: u32, count: u64| move |slot: u32| if slot == wanted { count } else { 0 };
+        let epochs = |list: &[(u32, u64)]| list.iter().copied().collect::<BTreeMap<u32, u64>>();
+        let of = |list: &[u32]| Doubt::Of(list.to_vec());
+        let mut doubts = Doubts::default();
+        assert_eq!(doubts.since(0, one(counter::RING_FULL_FREE, 9), || unreachable!("nothing was lost")), of(&[]));
+        assert_eq!(doubts.since(0, one(counter::FREE_LOST, 1), || epochs(&[(7, 1), (8, 0)])), of(&[7]));
+        assert_eq!(doubts.since(0, one(counter::FREE_LOST, 1), || unreachable!("nothing since")), of(&[]));
+        assert_eq!(doubts.since(0, one(counter::FREE_LOST, 3), || epochs(&[(7, 2), (8, 1)])), of(&[7, 8]));
+        assert_eq!(doubts.since(5, one(counter::FREE_LOST, 3), || unreachable!("no more frees")), Doubt::All);
+        // 8 is another process by now, of which nothing was lost.
+        assert_eq!(doubts.since(5, one(counter::FREE_LOST, 4), || epochs(&[(7, 3), (8, 0)])), of(&[7]));
+        assert_eq!(doubts.since(5, one(counter::RING_FULL_OTHER, 9), || epochs(&[(7, 4), (8, 0)])), of(&[7]));
+    }
+
+    /// The offsets of a time namespace, ahead and behind, and a file that has none.
+    #[test]
+    fn offsets_of_a_time_namespace() {
+        assert_eq!(ahead("monotonic         86400         5\nboottime 7 0\n"), Some(86_400_000_000_005));
+        assert_eq!(ahead("monotonic -2 0\nboottime 0 0\n"), Some(-2_000_000_000));
+        assert_eq!(ahead("boottime 7 0\n"), None);
+        assert_eq!(ahead("monotonic x\n"), None);
+    }
+
+    /// The kernel side's keys are told apart by the thread.
+    #[test]
+    fn keys_of_the_overflow_map() {
+        let key = |tid: u32, addr: u64| {
+            let mut key = [0; 16];
+            key[..4].copy_from_slice(&7_u32.to_ne_bytes());
+            key[4..8].copy_from_slice(&tid.to_ne_bytes());
+            key[8..].copy_from_slice(&addr.to_ne_bytes());
+            Missed::new(key, 3)
+        };
+        assert_eq!(key(0, 0x10), Missed { tgid: 7, what: MissedWhat::Free { addr: 0x10 }, time: 3 });
+        assert_eq!(key(9, 0), Missed { tgid: 7, what: MissedWhat::ReallocEnd { tid: 9 }, time: 3 });
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use leak_user::cli::{Exit, Flags, exit_usage};
 use leak_user::config::{Config, Invocation};
+use leak_user::privileges::Keep;
 use leak_user::view::{LogSink, safe};
 use leak_user::{doctor, trace};
 
@@ -32,6 +33,7 @@ fn trace(config: &Config) -> Result<ExitCode> {
     start_logging(config.verbosity);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .on_thread_start(|| Keep::Nothing.only())
         .enable_all()
         .build()
         .context("failed to start the runtime")?;

@@ -326,6 +326,20 @@ pub struct Rss {
     pub anon: u64,
 }
 
+/// Bytes that this program has resident for itself, without the files that it has mapped.
+pub fn own_memory() -> Option<u64> {
+    RssSampler::open(std::process::id()).and_then(|sampler| sampler.sample()).ok().map(|rss| rss.anon)
+}
+
+/// Gives memory that was freed back to the system, as far as the allocator can.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no pointers are passed.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Samples a process's resident set: one `pread` of `/proc/PID/statm`, kept open. It stays with its process even if the id is
 /// handed out again.
 #[derive(Debug)]

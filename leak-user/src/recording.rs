@@ -43,6 +43,8 @@ mod tag {
     pub const MISSED_FREE: u8 = 6;
     pub const DISTRUST: u8 = 7;
     pub const ROLL: u8 = 8;
+    pub const MISSED_REALLOC_END: u8 = 9;
+    pub const DISTRUST_PROCESS: u8 = 10;
 }
 
 /// One thing that a ledger is told. But for the first they are the functions of [`Ledger`] of the same names.
@@ -73,7 +75,16 @@ pub enum Entry<'a> {
         addr: u64,
         time: u64,
     },
+    MissedReallocEnd {
+        tgid: u32,
+        tid: u32,
+        time: u64,
+    },
     Distrust {
+        time: u64,
+    },
+    DistrustProcess {
+        tgid: u32,
         time: u64,
     },
     Roll {
@@ -201,9 +212,20 @@ fn put(to: &mut Vec<u8>, entry: Entry<'_>) -> u8 {
             to.put_u64_le(time);
             tag::MISSED_FREE
         }
+        Entry::MissedReallocEnd { tgid, tid, time } => {
+            to.put_u32_le(tgid);
+            to.put_u32_le(tid);
+            to.put_u64_le(time);
+            tag::MISSED_REALLOC_END
+        }
         Entry::Distrust { time } => {
             to.put_u64_le(time);
             tag::DISTRUST
+        }
+        Entry::DistrustProcess { tgid, time } => {
+            to.put_u32_le(tgid);
+            to.put_u64_le(time);
+            tag::DISTRUST_PROCESS
         }
         Entry::Roll { time } => {
             to.put_u64_le(time);
@@ -226,7 +248,9 @@ fn parse(tag: u8, mut content: &[u8]) -> Result<Entry<'_>, Error> {
         }
         tag::SET_BREAK => Entry::SetBreak { tgid: number(r)?, addr: long(r)? },
         tag::MISSED_FREE => Entry::MissedFree { tgid: number(r)?, addr: long(r)?, time: long(r)? },
+        tag::MISSED_REALLOC_END => Entry::MissedReallocEnd { tgid: number(r)?, tid: number(r)?, time: long(r)? },
         tag::DISTRUST => Entry::Distrust { time: long(r)? },
+        tag::DISTRUST_PROCESS => Entry::DistrustProcess { tgid: number(r)?, time: long(r)? },
         tag::ROLL => Entry::Roll { time: long(r)? },
         unknown => return Err(Error::UnknownEntry(unknown)),
     })
@@ -382,7 +406,9 @@ pub fn apply(ledger: &mut Ledger, entry: Entry<'_>) {
         Entry::ForkProcess { parent, child, start_time, time } => ledger.fork_process(parent, child, start_time, time),
         Entry::SetBreak { tgid, addr } => ledger.set_break(tgid, addr),
         Entry::MissedFree { tgid, addr, time } => ledger.missed_free(tgid, addr, time),
+        Entry::MissedReallocEnd { tgid, tid, time } => ledger.missed_realloc_end(tgid, tid, time),
         Entry::Distrust { time } => ledger.distrust(time),
+        Entry::DistrustProcess { tgid, time } => ledger.distrust_process(tgid, time),
         Entry::Roll { time } => ledger.roll(time),
     }
 }
@@ -414,6 +440,8 @@ mod tests {
             Entry::MissedFree { tgid: 2, addr: 0x10, time: 3000 },
             Entry::Record(&[99, 0, 0, 0, 1, 0, 0, 0]),
             Entry::Roll { time: 4_000_000_000 },
+            Entry::MissedReallocEnd { tgid: 2, tid: 9, time: 3000 },
+            Entry::DistrustProcess { tgid: 7, time: 1 },
             Entry::Distrust { time: 1 },
             Entry::AddProcess { tgid: 3, start_time: 5, time: 1000 },
             Entry::RemoveProcess { tgid: 3 },
@@ -473,7 +501,7 @@ mod tests {
         let bytes = written(&sample(&a, &b));
         let mut ledger = Ledger::new(Config::default());
         let replayed = replay(&mut Reader::new(&bytes[..]).expect("a header"), &mut ledger).expect("a whole recording");
-        assert_eq!(replayed, Replayed { records: 3, undecodable: 1, others: 8 });
+        assert_eq!(replayed, Replayed { records: 3, undecodable: 1, others: 10 });
         let parent = ledger.process(1).expect("added");
         let child = ledger.process(2).expect("forked");
         assert!(ledger.process(3).is_none());

@@ -41,6 +41,12 @@ pub struct Report {
     /// What was met that is no loss but explains numbers, such as failed allocations; only counters that are not zero.
     #[serde(default)]
     pub counters: BTreeMap<String, u64>,
+    /// What became of the heap blocks that were seen.
+    #[serde(default)]
+    pub accounts: Accounts,
+    /// What leaktrace itself takes.
+    #[serde(default)]
+    pub memory: Memory,
     /// The program that leaktrace started, if it did.
     pub command: Option<Command>,
     /// Worst first, see [`Report::sort`].
@@ -51,6 +57,41 @@ pub struct Report {
     /// What is seen of the processes that are not traced; only where leaktrace chooses by itself whom to trace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<System>,
+}
+
+/// What became of the heap blocks whose allocation was seen: `allocated` is the sum of the others. Those whose record was lost before
+/// are in [`Report::losses`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accounts {
+    /// Blocks that malloc, realloc and the like gave, and copies in forked children that are traced.
+    pub allocated: u64,
+    /// Live, those out of verdicts included.
+    pub live: u64,
+    /// Freed, resized into another, or gone with their process or its program.
+    pub ended: u64,
+    /// Left out because a cap was met.
+    pub not_kept: u64,
+}
+
+/// Memory that leaktrace takes, and the most that it may.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Of the maps of its BPF programs; `null` where the kernel does not say.
+    pub kernel_bytes: Option<u64>,
+    /// `--kernel-memory`.
+    pub kernel_cap_bytes: u64,
+    /// Resident and its own, without files that are mapped; `null` where that could not be read.
+    pub user_bytes: Option<u64>,
+    /// `--max-memory`.
+    pub user_cap_bytes: u64,
+    /// Live heap blocks that are kept, and how many may be.
+    pub blocks: u64,
+    pub blocks_cap: u64,
+    /// Call stacks that are kept, and how many may be.
+    pub stacks: u64,
+    pub stacks_cap: u64,
+    /// Places in the code whose names are kept.
+    pub names: u64,
 }
 
 /// The processes that are watched from afar, and what was decided about them.
@@ -269,6 +310,10 @@ pub struct Process {
     #[serde(default)]
     pub reason: Option<Reason>,
     pub verdict: Verdict,
+    /// Whether something was lost that the verdict, or the numbers, could be different with. What may have been freed unseen is out of
+    /// both.
+    #[serde(default)]
+    pub affected_by_loss: bool,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,
     /// Mean bytes between samples at the time of the report; `null`: every allocation is followed.
@@ -375,6 +420,10 @@ pub struct Stack {
     /// Age of the oldest live block, seconds.
     pub oldest_age_s: Option<f64>,
     pub growth: Growth,
+    /// Whether blocks of it may have been freed unseen, and are out of the numbers; or allocations were lost, whose stacks nobody
+    /// knows. The confidence is the less for it.
+    #[serde(default)]
+    pub affected_by_loss: bool,
     /// Live bytes over time: (seconds since the start, bytes), in order of time.
     pub series: Vec<(f64, u64)>,
     /// Whether the outermost frame was reached.
@@ -488,6 +537,8 @@ impl Report {
             events_per_s: None,
             losses: BTreeMap::new(),
             counters: BTreeMap::new(),
+            accounts: Accounts::default(),
+            memory: Memory::default(),
             command: None,
             processes: Vec::new(),
             ended_processes: Vec::new(),

@@ -24,9 +24,14 @@ pub struct Leaktrace {
 
 impl Leaktrace {
     pub fn new() -> Result<Self> {
-        let mut command = Command::new(binary()?);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Ok(Self { command })
+        Ok(Self { command: Command::new(binary()?) }.piped())
+    }
+
+    /// Reads its output here: to be called again where the command was replaced.
+    #[must_use]
+    pub fn piped(mut self) -> Self {
+        self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self
     }
 
     /// `leaktrace -p PID`.

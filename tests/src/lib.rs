@@ -13,6 +13,7 @@ mod leaktrace;
 mod lines;
 pub mod programs;
 mod session;
+pub mod soak;
 mod together;
 
 pub use compile::{PREBUILT_VARIABLE, Program, target_dir};

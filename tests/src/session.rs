@@ -24,7 +24,12 @@ impl Session {
         if !args.contains(&"--interval") {
             command = command.args(["--interval", "200ms"]);
         }
-        let mut session = Self { running: command.args(args).spawn()? };
+        Self::attached(command.args(args).spawn()?)
+    }
+
+    /// A leaktrace that writes JSON lines, attached when this returns.
+    pub fn attached(running: Running) -> Result<Self> {
+        let mut session = Self { running };
         match session.next_report(|_| true, patience()) {
             Ok(_) => Ok(session),
             Err(error) => {

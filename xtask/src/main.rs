@@ -12,6 +12,7 @@ mod bench;
 mod process;
 mod run;
 mod setup;
+mod soak;
 mod test;
 mod vm;
 
@@ -41,6 +42,8 @@ enum Task {
     },
     /// Measure what tracing costs a busy process, beside empty programs and bcc's memleak
     Bench(bench::Options),
+    /// Make what a production host brings happen to leaktrace, and see that nothing is lost silently or falsely found
+    Soak(soak::Options),
     /// Run the end-to-end suite on every supported kernel, in emulated machines
     Vm(vm::Options),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Lint => test::lint().map(|()| ExitCode::SUCCESS),
         Task::Test { filters } => test::test(&filters),
         Task::Bench(options) => bench::bench(&options),
+        Task::Soak(options) => soak::soak(&options),
         Task::Vm(options) => vm::vm(&options),
     };
     outcome.unwrap_or_else(|error| {

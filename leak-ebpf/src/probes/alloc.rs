@@ -14,8 +14,8 @@ use aya_ebpf::programs::ProbeContext;
 use leak_common::sampling::Sampling;
 use leak_common::{Alloc, ReallocBegin, ReallocEnd, counter, kind, op};
 
-use crate::emit::{emit, emit_free, header, missed_free, output};
-use crate::maps::{count, count_unkept, keep_address, never, now, sampling_of, size_is_followed, take_address};
+use crate::emit::{emit_free, header, missed_end, missed_free, output};
+use crate::maps::{count, count_unkept, keep_address, lost, never, now, sampling_of, size_is_followed, take_address};
 use crate::probes::control;
 use crate::regs::{self, Frame};
 use crate::returns;
@@ -298,7 +298,10 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             tid: ids.tid,
             reserved: 0,
         };
-        emit(end, counter::RING_FULL_ALLOC);
+        if !output(&end) {
+            count(counter::RING_FULL_ALLOC);
+            missed_end(ids.tgid, ids.tid, end.time);
+        }
     } else if addr != 0 && !lost {
         let alloc = Alloc {
             header: header(kind::ALLOC, called, u16::from(interval), ids.tgid),
@@ -308,7 +311,9 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             // The time of entry: a tick more or less does not matter, and it saves a call.
             time: thread.time,
         };
-        emit(alloc, counter::RING_FULL_ALLOC);
+        if !output(&alloc) {
+            count(counter::RING_FULL_ALLOC);
+        }
     }
     if failed {
         count(counter::FAILED);
@@ -358,16 +363,25 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, (ids, se
         free(thread, ids, frame, argument(ctx, 0));
         return NO_RETURN;
     }
-    let Some(thread) = thread.or_else(|| new(ids)) else {
-        return NO_RETURN;
-    };
     if shape == op::FREE_UNNAMED || control::releases(ctx, shape) {
-        count(counter::FREE_LOST);
+        lost(ids.tgid, counter::FREE_LOST);
         return NO_RETURN;
     }
     if matches!(shape, op::CONTROL | op::CONTROL_BY_MIB) {
         return NO_RETURN;
     }
+    let Some(thread) = thread.or_else(|| new(ids)) else {
+        // No room to follow this call. What it allocates is missed, which costs accuracy; what it resizes must not look leaked.
+        if op::resizes(shape & !op::SHIFTED)
+            && let Some((_, sampling)) = sampling_of(ids.tgid)
+            && let Some(arguments) = arguments(ctx, shape)
+            && arguments.pointer != 0
+            && may_be_followed(sampling, ids.tgid, arguments.pointer)
+        {
+            emit_free(ids.tgid, arguments.pointer, now());
+        }
+        return NO_RETURN;
+    };
     match arguments(ctx, shape) {
         Some(arguments) => enter(ctx, thread, (ids, session), frame, shape & !op::SHIFTED, arguments),
         None => NO_RETURN,

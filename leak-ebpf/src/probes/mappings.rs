@@ -14,14 +14,15 @@ use aya_ebpf::macros::{btf_tracepoint, fentry, fexit, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, FExitContext, RawTracePointContext};
 use leak_common::{Map, RemapEnd, Unmap, UnmapEnd, counter, flag, kind, op};
 
-use crate::emit::{emit, header};
-use crate::maps::{is_target, now, raise_generation};
+use crate::emit::{emit, emit_change, header};
+use crate::maps::{is_target, lost, now, raise_generation};
 use crate::regs::{self, Registers, nr};
 use crate::stack::{self, For};
 use crate::thread::{current, current_or_new, ids};
 use crate::unwind;
 
 const PROT_EXEC: u32 = 4;
+const MAP_FIXED: u32 = 0x10;
 const MAP_ANONYMOUS: u32 = 0x20;
 
 #[inline(always)]
@@ -99,10 +100,14 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
     if !is_target(ids.tgid) {
         return;
     }
-    let Some(thread) = current_or_new(ids) else {
+    let Some((args, frame)) = regs::system_call(registers) else {
         return;
     };
-    let Some((args, frame)) = regs::system_call(registers) else {
+    let Some(thread) = current_or_new(ids) else {
+        // A new mapping is missed, which costs accuracy; what takes pages away may not be missed unnoticed.
+        if number != nr::MMAP || args[3] as u32 & MAP_FIXED != 0 {
+            lost(ids.tgid, counter::RING_FULL_OTHER);
+        }
         return;
     };
     let now = now();
@@ -126,7 +131,7 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
             tid: ids.tid,
             reserved: 0,
         };
-        emit(unmap, counter::RING_FULL_OTHER);
+        emit_change(ids.tgid, unmap);
     }
     if number == nr::MREMAP {
         call.size = args[2];
@@ -162,7 +167,7 @@ fn leave(result: u64) {
                 raise_generation();
                 let flags = if file { flag::FILE } else { 0 };
                 let map = map(kind::MAP_EXEC, flags, ids.tgid, result, call.size, 0, now);
-                emit(map, counter::RING_FULL_OTHER);
+                emit_change(ids.tgid, map);
             }
             if !in_allocator {
                 let flags = if file { flag::FILE } else { 0 };
@@ -173,7 +178,7 @@ fn leave(result: u64) {
         nr::MUNMAP if failed => {
             let end =
                 UnmapEnd { header: header(kind::UNMAP_FAILED, op::MAPPING, 0, ids.tgid), tid: ids.tid, reserved: 0 };
-            emit(end, counter::RING_FULL_OTHER);
+            emit_change(ids.tgid, end);
         }
         nr::MREMAP if !in_allocator => {
             let end = RemapEnd {
@@ -185,12 +190,12 @@ fn leave(result: u64) {
                 tid: ids.tid,
                 reserved: 0,
             };
-            emit(end, counter::RING_FULL_OTHER);
+            emit_change(ids.tgid, end);
         }
         nr::BRK => {
             let flags = if in_allocator { flag::IN_ALLOCATOR } else { 0 };
             let map = map(kind::BRK, flags, ids.tgid, result, 0, call.stack, now);
-            emit(map, counter::RING_FULL_OTHER);
+            emit_change(ids.tgid, map);
         }
         _ => {}
     }

@@ -5,9 +5,9 @@ use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use aya_log_ebpf::debug;
-use leak_common::{Process, counter, kind};
+use leak_common::{Process, kind};
 
-use crate::emit::{emit, header};
+use crate::emit::{emit_change, header};
 use crate::maps::{CLOCK, is_target, now, raise_generation, task_offsets};
 use crate::thread::{forget, ids};
 use crate::unwind;
@@ -27,7 +27,7 @@ fn process_exec(ctx: RawTracePointContext) -> u32 {
     raise_generation();
     debug!(&ctx, "exec in process {}", ids.tgid);
     let process = Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
-    emit(process, counter::RING_FULL_OTHER);
+    emit_change(ids.tgid, process);
     0
 }
 
@@ -50,7 +50,7 @@ fn process_fork(ctx: RawTracePointContext) -> u32 {
         return 0;
     }
     let process = Process { header: header(kind::FORK, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: tgid };
-    emit(process, counter::RING_FULL_OTHER);
+    emit_change(ids.tgid, process);
     0
 }
 
@@ -65,7 +65,7 @@ fn process_exit(_ctx: RawTracePointContext) -> u32 {
     }
     if ids.tid == ids.tgid {
         let process = Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
-        emit(process, counter::RING_FULL_OTHER);
+        emit_change(ids.tgid, process);
     }
     0
 }

@@ -10,17 +10,17 @@ mod hold;
 mod pages;
 mod ranges;
 mod samplings;
+mod sizes;
 mod sys;
 
-use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapType};
+use aya::maps::{Array, HashMap as BpfHashMap, IterableMap, Map, MapData, MapType};
 use aya::programs::RawTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::Object;
@@ -28,12 +28,14 @@ use btf::Btf;
 use close::close_all;
 pub use floor::Floor;
 use leak_common::op;
+use leak_common::ring::MAX_RECORD;
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
-use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use pages::Pages;
 use ranges::{Ranges, Rows};
 use samplings::Samplings;
+pub use sizes::{Asked, LEAST as LEAST_KERNEL_MEMORY};
+use sizes::{Definition, MAP_FLAGS, MAP_VALUE_SIZE, Wanted};
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 pub(crate) use sys::{lookup_and_delete, recursion_misses};
@@ -62,9 +64,6 @@ const SYSCALL_PREFIX: &str = "__arm64_sys_";
 const TYPED_TRACEPOINTS: [(&str, &str); 2] = [("typed_sys_exit", "sys_exit"), ("typed_sys_enter", "sys_enter")];
 const MAPPING_TRACEPOINTS: [(&str, &str); 2] = [("sys_enter", "sys_enter"), ("sys_exit", "sys_exit")];
 
-/// Bytes of the kernel's ring buffer, where it is used.
-const KERNEL_RING: u32 = 16 << 20;
-
 /// What happens to processes.
 const PROCESS_PROGRAMS: [(&str, &str); 2] =
     [("process_exec", "sched_process_exec"), ("process_exit", "sched_process_exit")];
@@ -75,17 +74,6 @@ const FORK_PROGRAM: [(&str, &str); 1] = [("process_fork", "sched_process_fork")]
 /// Processes that come, where all are traced from their start.
 const BIRTH_PROGRAMS: [(&str, &str); 2] =
     [("born_by_exec", "sched_process_exec"), ("born_by_fork", "sched_process_fork")];
-
-/// Threads whose state there is room for beside those of the common slots, where the room is taken in advance: 4,096 of 7.4 KiB are
-/// 30 MiB. Threads beyond that are counted as a loss.
-const PREALLOCATED_THREADS: u32 = 4096;
-
-/// The same for addresses of sampled blocks: 65,536 of some 80 bytes are 5 MiB.
-const PREALLOCATED_ADDRESSES: u32 = 65_536;
-
-/// Offsets in `struct bpf_map_def`: type, size of keys, size of values, number of elements, flags.
-const MAP_VALUE_SIZE: usize = 8;
-const MAP_FLAGS: usize = 16;
 
 /// Whether tracing programs may use hash maps that allocate elements as they come. Before 6.1 the kernel holds that unsafe (a probe
 /// inside its allocator would enter the allocator again) and says so by a `WARN_ONCE`, which takes down a host with
@@ -98,32 +86,28 @@ fn has_map_allocator() -> bool {
 
 /// The object as it is loaded.
 ///
-/// - Without our own ring its map is made as small as can be, because kernels that lack what the ring rests on also refuse values of
+/// - Our own ring is made as large as it is to be. Without it, its map is made as small as can be, because kernels that lack what the ring rests on also refuse values of
 ///   more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
 /// - Without an allocator for maps the tables of threads and of addresses take their memory in advance.
-fn object(own_ring: bool, map_allocator: bool) -> Result<Cow<'static, [u8]>> {
-    let mut changes: Vec<(&str, usize, u32)> = Vec::new();
-    if !own_ring {
-        changes.push(("RING", MAP_VALUE_SIZE, 8));
-    }
+fn object(maps: &BTreeMap<String, Definition>, own_ring: Option<u64>, map_allocator: bool) -> Result<Vec<u8>> {
+    let ring = own_ring.map_or(8, |size| size + MAX_RECORD as u64);
+    let mut changes: Vec<(&str, usize, u32)> = vec![("RING", MAP_VALUE_SIZE, u32::try_from(ring)?)];
     if !map_allocator {
         changes.push(("THREADS", MAP_FLAGS, 0));
         changes.push(("ADDRESSES", MAP_FLAGS, 0));
     }
-    if changes.is_empty() {
-        return Ok(Cow::Borrowed(OBJECT));
-    }
-    let file = object::File::parse(OBJECT).context("failed to parse the BPF object")?;
     let mut bytes = OBJECT.to_vec();
     for (name, offset, value) in changes {
-        let map = file.symbol_by_name(name).with_context(|| format!("the BPF object lacks the map {name}"))?;
-        let section = map.section_index().with_context(|| format!("the map {name} is in no section"))?;
-        let section = file.section_by_index(section)?;
-        let (start, _) = section.file_range().context("the section of maps is empty")?;
-        let at = usize::try_from(start + map.address() - section.address())? + offset;
+        let at = maps.get(name).with_context(|| format!("the BPF object lacks the map {name}"))?.at + offset;
         bytes.get_mut(at..at + 4).context("the BPF object is cut off")?.copy_from_slice(&value.to_ne_bytes());
     }
-    Ok(Cow::Owned(bytes))
+    Ok(bytes)
+}
+
+/// Bytes of the kernel's own ring buffer, where it is used: whole pages, a power of two.
+fn kernel_ring(sizes: &sizes::Sizes) -> u32 {
+    let asked = sizes.ring.min(sizes.ring_limit.next_power_of_two()).max(page_size() as u64);
+    u32::try_from(asked).unwrap_or(u32::MAX)
 }
 
 /// The entry program of a shape of function, where each has its own.
@@ -172,6 +156,10 @@ pub struct Settings {
     pub tables: bool,
     /// Rows of unwind tables that there is room for; eight bytes each.
     pub rows: u32,
+    /// Bytes of kernel memory that all maps together may take.
+    pub kernel_memory: u64,
+    /// Sizes that a test asks for.
+    pub asked: Asked,
     /// Watches mapping calls by this means instead of the best one.
     pub mapping_hook: Option<MappingHook>,
     /// Whether the start of children is told.
@@ -194,6 +182,8 @@ impl Default for Settings {
             kind: None,
             tables: true,
             rows: 2 << 20,
+            kernel_memory: 128 << 20,
+            asked: Asked::default(),
             mapping_hook: None,
             forks: false,
             addresses: 1 << 18,
@@ -244,6 +234,8 @@ pub struct Programs {
     kind: UprobeKind,
     targets: BpfHashMap<MapData, u32, [u32; 6]>,
     samplings: Samplings,
+    /// Where the kernel side counts what it lost of each target; read by `losses`.
+    epochs: BpfHashMap<MapData, u32, u64>,
     rows: Rows,
     ranges: Ranges,
     clock: ClockSync,
@@ -255,6 +247,8 @@ pub struct Programs {
     tables: bool,
     pages: Option<Pages>,
     births: Option<BpfHashMap<MapData, u32, u8>>,
+    /// All maps, to ask how much memory they take.
+    accounted: Vec<OwnedFd>,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
     _walkers: Vec<OwnedFd>,
 }
@@ -335,11 +329,22 @@ impl Programs {
         let own_ring = sys::has_fetch_add() && !is_old;
         let tables = settings.tables && walk != StackWalk::PlainLoop;
         let map_allocator = has_map_allocator() && !is_old;
+        let maps = sizes::definitions(OBJECT)?;
+        let rows = if tables { settings.rows.max(1) } else { 1 };
+        let sizes = sizes::plan(
+            &maps,
+            settings.kernel_memory,
+            Wanted { rows, addresses: settings.addresses },
+            map_allocator,
+            settings.asked,
+        )?;
         let globals = [
             ("USE_TABLES", u64::from(tables)),
             ("OWN_RING", u64::from(own_ring)),
             ("HAS_LOOP", u64::from(has_loop)),
             ("TAIL_CALLS", u64::from(tail_calls)),
+            ("RING_MASK", sizes.ring - 8),
+            ("RING_LIMIT", sizes.ring_limit),
         ];
         for (name, value) in &globals {
             loader.override_global(name, value, true);
@@ -347,24 +352,31 @@ impl Programs {
         let address_mask = address_mask();
         // Where nothing is signed the programs do not ask.
         loader.override_global("ADDRESS_MASK", &address_mask, cfg!(target_arch = "aarch64"));
-        let bytes = object(own_ring, map_allocator)?;
-        if !map_allocator {
-            loader.map_max_entries("THREADS", PREALLOCATED_THREADS);
+        let bytes = object(&maps, own_ring.then_some(sizes.ring), map_allocator)?;
+        if let Some(owners) = sizes.owners {
+            loader.map_max_entries("OWNERS", owners);
         }
-        let addresses = if map_allocator { settings.addresses } else { settings.addresses.min(PREALLOCATED_ADDRESSES) };
         let mut ebpf = loader
             .override_global("MIN_SIZE", &settings.min_size, true)
             .override_global("MAX_SIZE", &settings.max_size, true)
             // The one that is not used takes as little as there can be.
-            .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { KERNEL_RING })
-            .map_max_entries("ADDRESSES", addresses.max(1))
-            .map_max_entries("ROWS", if tables { settings.rows.max(1) } else { 1 })
+            .map_max_entries("EVENTS", if own_ring { page_size() as u32 } else { kernel_ring(&sizes) })
+            .map_max_entries("ROWS", sizes.rows)
+            .map_max_entries("MISSED", sizes.missed)
+            .map_max_entries("THREADS", sizes.threads)
+            .map_max_entries("ADDRESSES", sizes.addresses)
             .load(&bytes)
             .context("failed to load the BPF maps")?;
+        let accounted = ebpf
+            .maps()
+            .map(|(_, map)| Ok(map_data(map).fd().as_fd().try_clone_to_owned()?))
+            .collect::<Result<_>>()
+            .context("failed to keep the BPF maps")?;
         let objects = Objects::parse(&bytes, &ebpf, own_ring, has_loop)?;
         let uprobes = load_uprobes(&objects, kind)?;
         let walkers = if tail_calls { load_walkers(&objects, &ebpf, kind)? } else { Vec::new() };
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
+        let epochs = BpfHashMap::try_from(take_map(&mut ebpf, "EPOCHS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
         let samplings = Samplings::take(take_map(&mut ebpf, "SAMPLINGS")?, take_map(&mut ebpf, "ADDRESSES")?)?;
@@ -375,6 +387,7 @@ impl Programs {
             kind,
             targets,
             samplings,
+            epochs,
             rows,
             ranges,
             clock,
@@ -385,6 +398,7 @@ impl Programs {
             tables,
             pages: None,
             births: None,
+            accounted,
             _walkers: walkers,
         };
         programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
@@ -491,6 +505,11 @@ impl Programs {
         self.tables
     }
 
+    /// Bytes of kernel memory that the maps take now; `None` where the kernel does not say.
+    pub fn kernel_bytes(&self) -> Option<u64> {
+        sizes::used(&self.accounted)
+    }
+
     /// How mapping calls are watched.
     pub fn mapping_hook(&self) -> MappingHook {
         self.mapping_hook
@@ -519,6 +538,12 @@ impl Programs {
         take_map(&mut self.ebpf, name)
     }
 
+    /// The map of what was lost of each process, which is written here and read elsewhere.
+    pub(crate) fn take_epochs(&self) -> Result<Map> {
+        let map: &MapData = IterableMap::map(&self.epochs);
+        Ok(Map::HashMap(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?))
+    }
+
     /// Sends what the BPF programs log to this process's log.
     pub fn forward_logs(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>> {
         aya_log::EbpfLogger::init(&mut self.ebpf).context("failed to read the BPF programs' log")
@@ -537,6 +562,7 @@ impl Programs {
     pub fn remove_target(&mut self, tgid: u32) {
         // It may have been removed before.
         let _ = self.targets.remove(&tgid);
+        let _ = self.epochs.remove(&tgid);
         self.ranges.release(tgid);
         self.samplings.release(tgid);
     }
@@ -554,6 +580,11 @@ impl Programs {
         let sampling =
             self.samplings.place(tgid).with_context(|| format!("failed to tell how pid {tgid} is sampled"))?;
         let value = [target.first_range, target.ranges, low, high, sampling, 0];
+        // Before its first record, and once: the kernel side counts there.
+        if self.epochs.get(&tgid, 0).is_err() {
+            let added = self.epochs.insert(tgid, 0, 0);
+            added.with_context(|| format!("failed to keep count of what is lost of pid {tgid}"))?;
+        }
         self.targets.insert(tgid, value, 0).with_context(|| format!("failed to add pid {tgid} to the traced processes"))
     }
 

@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,13 @@ pub struct FileId {
 impl FileId {
     pub fn of(file: &File) -> io::Result<Self> {
         file.metadata().map(|meta| Self { dev: meta.dev(), inode: meta.ino() })
+    }
+
+    /// Whether an opened file is the one that a mapping names. A device without a block device below it (major 0) may have several
+    /// numbers for one file.
+    fn is(self, opened: Self) -> bool {
+        let virtual_device = libc::major(self.dev) == 0 || libc::major(opened.dev) == 0;
+        self.inode == opened.inode && (self.dev == opened.dev || virtual_device)
     }
 }
 
@@ -70,7 +78,8 @@ impl<'a> Mapping<'a> {
     /// Opens the file behind it for reading.
     ///
     /// First through `map_files`, which is the mapped file whatever became of its name, but takes `CAP_SYS_ADMIN` or
-    /// `CAP_CHECKPOINT_RESTORE`; then by its path in the process's root, if that is still the same file.
+    /// `CAP_CHECKPOINT_RESTORE`, and of another user's process `CAP_DAC_READ_SEARCH` (its folder is the user's alone); then by its path
+    /// in the process's root, and as the program that the process runs, if that is still the same file.
     ///
     /// # Errors
     /// Also where it is no regular file: opening a device could do something.
@@ -80,14 +89,17 @@ impl<'a> Mapping<'a> {
         direct.or_else(|error| {
             let mut path = format!("/proc/{pid}/root").into_bytes();
             path.extend_from_slice(self.path);
-            let file = open_regular(Path::new(OsStr::from_bytes(&path))).map_err(|_| error)?;
-            let found = FileId::of(&file)?;
-            // A device without a block device below it (major 0) may have several numbers for one file.
-            let virtual_device = libc::major(found.dev) == 0 || libc::major(id.dev) == 0;
-            if found.inode == id.inode && (found.dev == id.dev || virtual_device) {
-                Ok(file)
-            } else {
-                Err(io::Error::other("the file has been replaced"))
+            let by_name = open_regular(Path::new(OsStr::from_bytes(&path)));
+            if let Ok(file) = &by_name
+                && id.is(FileId::of(file)?)
+            {
+                return by_name;
+            }
+            let running = open_regular(Path::new(&format!("/proc/{pid}/exe")));
+            match running {
+                Ok(file) if id.is(FileId::of(&file)?) => Ok(file),
+                _ if by_name.is_ok() => Err(io::Error::other("the file has been replaced")),
+                _ => Err(error),
             }
         })
     }
@@ -95,12 +107,13 @@ impl<'a> Mapping<'a> {
 
 /// Opens a regular file and nothing else; neither a pipe nor a terminal can hold us up.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    let no_regular_file = || io::Error::other("not a regular file");
-    if !path.metadata()?.is_file() {
-        return Err(no_regular_file());
+    // First without opening what it is, then the very file that was looked at, whatever its name leads to by now.
+    let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
+    if !found.metadata()?.is_file() {
+        return Err(io::Error::other("not a regular file"));
     }
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
-    if file.metadata()?.is_file() { Ok(file) } else { Err(no_regular_file()) }
+    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
 /// The mappings in the text of `/proc/PID/maps`, lowest first. Lines of another form are left out.

@@ -19,6 +19,7 @@ use crate::decode::StackId;
 struct Pending {
     addr: u64,
     block: Block,
+    begun: Tick,
 }
 
 /// How a realloc ended.
@@ -58,7 +59,9 @@ impl Heap {
         if addr == 0 {
             return;
         }
+        cx.counters.blocks += 1;
         let Some(stack) = cx.stack_index(stacks, id, Class::Heap) else {
+            cx.counters.not_kept += 1;
             // Nothing is kept of it; but what was there has been freed all the same.
             self.replaced(cx, stacks, addr);
             return;
@@ -71,12 +74,14 @@ impl Heap {
     fn insert(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, block: Block) {
         if !cx.room.blocks.has() && !self.replaced(cx, stacks, addr) {
             cx.counters.live_capped += 1;
+            cx.counters.not_kept += 1;
             return;
         }
         cx.room.blocks.used += 1;
         if let Some(old) = self.blocks.insert(addr, block) {
             cx.room.blocks.used -= 1;
             cx.counters.replaced += 1;
+            cx.counters.ended += 1;
             stacks.block_died(cx.now, &old);
         }
         stacks.block_born(cx.now, &block);
@@ -96,6 +101,7 @@ impl Heap {
     #[inline]
     fn died(cx: &mut Context<'_>, stacks: &mut Stacks, block: Block) {
         cx.room.blocks.used -= 1;
+        cx.counters.ended += 1;
         stacks.block_died(cx.now, &block);
     }
 
@@ -125,7 +131,7 @@ impl Heap {
     /// Thread `tid` calls realloc for the block at `addr`.
     pub fn realloc_begin(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, tid: u32, addr: u64) {
         let lost = match self.blocks.remove(addr) {
-            Some(block) => self.pending.insert(tid, Pending { addr, block }),
+            Some(block) => self.pending.insert(tid, Pending { addr, block, begun: cx.tick }),
             None => self.pending.remove(&tid),
         };
         if let Some(Pending { block, .. }) = lost {
@@ -148,6 +154,18 @@ impl Heap {
         }
     }
 
+    /// Thread `tid`'s realloc ended by `time` and nobody knows how. What it made is missed; its old block is called freed, which
+    /// is likely and makes no leak.
+    pub fn missed_realloc_end(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, tid: u32, time: Tick) {
+        // One that began later may still go on.
+        if self.pending.get(&tid).is_some_and(|pending| pending.begun <= time)
+            && let Some(Pending { block, .. }) = self.pending.remove(&tid)
+        {
+            cx.counters.pending_replaced += 1;
+            Self::died(cx, stacks, block);
+        }
+    }
+
     /// A failed realloc leaves its block as it was.
     fn put_back(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, addr: u64, old: Block) {
         if self.blocks.get(addr).is_some() {
@@ -164,18 +182,18 @@ impl Heap {
     fn resized(&mut self, cx: &mut Context<'_>, stacks: &mut Stacks, old: Option<Block>, new: Resized) {
         let trusted = old.filter(|old| old.stack != DISTRUSTED);
         let index = cx.stack_index(stacks, new.stack, Class::Heap);
+        cx.counters.blocks += 1;
         if old.is_some() {
             cx.room.blocks.used -= 1;
+            cx.counters.ended += 1;
         }
-        match index {
-            Some(stack) => {
-                // What was in doubt is so no longer: it is live, and born now as far as its history can tell.
-                let birth = trusted.map_or(cx.tick, |old| old.birth);
-                self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth, interval: new.interval });
-            }
-            None => {
-                self.replaced(cx, stacks, new.addr);
-            }
+        if let Some(stack) = index {
+            // What was in doubt is so no longer: it is live, and born now as far as its history can tell.
+            let birth = trusted.map_or(cx.tick, |old| old.birth);
+            self.insert(cx, stacks, new.addr, Block { size: new.size, stack, birth, interval: new.interval });
+        } else {
+            cx.counters.not_kept += 1;
+            self.replaced(cx, stacks, new.addr);
         }
         // After the new block, so that the floor of a stack that has both does not dip.
         if let Some(old) = old {

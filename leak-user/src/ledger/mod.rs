@@ -55,6 +55,25 @@ pub struct Config {
     pub page_size: u64,
 }
 
+impl Config {
+    /// What fits into so many bytes: most of it goes to live blocks, an eighth to stacks, and a part is left for what else the
+    /// program takes. No more than the default.
+    pub fn within(bytes: u64, page_size: u64) -> Self {
+        /// A stack with 127 frames, and its places in the tables.
+        const STACK: u64 = size_of::<history::History>() as u64 + 127 * 8 + 256;
+        const BLOCK: u64 = 48;
+        const RANGE: u64 = 80;
+        let usual = Self::default();
+        let count = |share: u64, each: u64, most: usize| usize::try_from(share / each).unwrap_or(most).min(most);
+        Self {
+            max_stacks: count(bytes / 8, STACK, usual.max_stacks),
+            max_live: count(bytes / 2, BLOCK, usual.max_live),
+            max_ranges: count(bytes / 32, RANGE, usual.max_ranges),
+            page_size,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self { max_stacks: 32 << 10, max_live: 32 << 20, max_ranges: 1 << 20, page_size: 4096 }
@@ -64,6 +83,13 @@ impl Default for Config {
 /// What the ledger could not know or keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
+    /// Heap blocks that came to be: by malloc and the like, by realloc, and as copies in forked children.
+    pub blocks: u64,
+    /// Of these, those that are live no more, for whatever reason. With those that are live ([`Ledger::live_blocks`]) and
+    /// [`Self::not_kept`] they are all.
+    pub ended: u64,
+    /// Of these, those that were left out because of a cap of [`Config`].
+    pub not_kept: u64,
     /// Events of processes that were not added, or were removed.
     pub unknown_process: u64,
     /// Frees, and reallocs to zero bytes, of addresses where nothing is live: most are of blocks older than the trace.
@@ -84,7 +110,7 @@ pub struct Counters {
     pub live_capped: u64,
     /// Stacks that allocations name but whose records have not come. Falls when one comes after all.
     pub stacks_missing: u64,
-    /// How often [`Ledger::distrust`] was called.
+    /// How often the live set of a process, or all of them ([`Ledger::distrust`]), became doubtful.
     pub distrusts: u64,
     /// Live bytes, and blocks and ranges, that are out of verdicts since. Falls as they are freed.
     pub distrusted: Total,
@@ -225,7 +251,9 @@ impl Ledger {
     pub fn remove_process(&mut self, tgid: u32) {
         if let Some(place) = self.by_tgid.remove(&tgid) {
             self.last = None;
-            self.processes.swap_remove(place).leave(&mut self.room);
+            let removed = self.processes.swap_remove(place);
+            self.counters.ended += removed.heap.live() as u64;
+            removed.leave(&mut self.room);
             if let Some(moved) = self.processes.get(place) {
                 self.by_tgid.insert(moved.tgid(), place);
             }
@@ -274,6 +302,15 @@ impl Ledger {
         (cx, &mut self.processes)
     }
 
+    /// What an event of this tick is applied with, and its process.
+    #[inline]
+    fn context_of(&mut self, place: usize, tick: Tick) -> (Context<'_>, &mut ProcessLedger) {
+        let (mut cx, processes) = self.context(tick);
+        let process = &mut processes[place];
+        cx.distrusted |= process.is_distrusted(tick);
+        (cx, process)
+    }
+
     /// Applies one event.
     #[inline]
     pub fn apply(&mut self, event: &Event<'_>) {
@@ -284,14 +321,12 @@ impl Ledger {
         match event.what {
             What::Alloc { addr, size, stack, time, interval } => {
                 let tick = self.clock.advance(time);
-                let (mut cx, processes) = self.context(tick);
-                let process = &mut processes[place];
+                let (mut cx, process) = self.context_of(place, tick);
                 process.heap.alloc(&mut cx, &mut process.stacks, addr, Allocated { size, stack, interval });
             }
             What::Free { addr, time } => {
                 let tick = self.clock.advance(time);
-                let (mut cx, processes) = self.context(tick);
-                let process = &mut processes[place];
+                let (mut cx, process) = self.context_of(place, tick);
                 process.heap.free(&mut cx, &mut process.stacks, addr);
             }
             _ => self.apply_rare(place, event),
@@ -305,9 +340,8 @@ impl Ledger {
             Some(time) => self.clock.advance(time),
             None => self.clock.latest(),
         };
-        let (mut cx, processes) = self.context(tick);
+        let (mut cx, process) = self.context_of(place, tick);
         let cx = &mut cx;
-        let process = &mut processes[place];
         let ProcessLedger { stacks, heap, ranges, .. } = process;
         match event.what {
             What::ReallocBegin { tid, addr, .. } => heap.realloc_begin(cx, stacks, tid, addr),
@@ -332,7 +366,8 @@ impl Ledger {
             What::MapExec { addr, size, .. } => stacks.code_mapped(addr, cx.page_up(size)),
             What::Exec { .. } => {
                 // Addresses mean something else from here on.
-                let new = ProcessLedger::new(process.tgid(), process.start_time());
+                cx.counters.ended += process.heap.live() as u64;
+                let new = process.emptied();
                 std::mem::replace(process, new).leave(cx.room);
             }
             // What it left unfreed is what a report is about; whoever knows that the process has ended removes it.
@@ -416,9 +451,19 @@ impl Ledger {
             return;
         };
         let tick = self.clock.tick(time);
-        let (mut cx, processes) = self.context(tick);
-        let process = &mut processes[place];
+        let (mut cx, process) = self.context_of(place, tick);
         process.heap.missed_free(&mut cx, &mut process.stacks, addr, tick);
+    }
+
+    /// The end of a realloc that found the ring full, from the kernel side's overflow map. To be called as [`Self::missed_free`].
+    pub fn missed_realloc_end(&mut self, tgid: u32, tid: u32, time: u64) {
+        let Some(place) = self.place(tgid) else {
+            self.counters.unknown_process += 1;
+            return;
+        };
+        let tick = self.clock.tick(time);
+        let (mut cx, process) = self.context_of(place, tick);
+        process.heap.missed_realloc_end(&mut cx, &mut process.stacks, tid, tick);
     }
 
     /// Frees were lost at or before `time`, and nobody knows which: takes all that was live then out of verdicts, also
@@ -433,6 +478,15 @@ impl Ledger {
         for process in processes {
             process.distrust(&cx, until);
         }
+    }
+
+    /// The same where all that was lost was this process's.
+    pub fn distrust_process(&mut self, tgid: u32, time: u64) {
+        let until = self.clock.advance(time);
+        let Some(place) = self.place(tgid) else { return };
+        self.counters.distrusts += 1;
+        let (cx, process) = self.context_of(place, until);
+        process.distrust(&cx, until);
     }
 
     /// Closes the windows up to `time` in every stack.
@@ -478,6 +532,16 @@ impl Ledger {
     /// Live heap blocks of all processes, those in the hands of realloc included.
     pub fn live_blocks(&self) -> usize {
         self.room.blocks.used
+    }
+
+    /// How many live heap blocks there may be at most.
+    pub fn most_blocks(&self) -> usize {
+        self.room.blocks.most
+    }
+
+    /// Call stacks that are kept, by what they allocate; and how many may be.
+    pub fn stacks(&self) -> (usize, usize) {
+        (self.room.histories.used, self.room.histories.most)
     }
 
     /// Bytes that the tables of live heap blocks occupy, used or not.

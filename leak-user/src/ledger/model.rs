@@ -61,11 +61,13 @@ fn runs(pages: impl IntoIterator<Item = (u64, Page)>) -> Vec<Run> {
 #[derive(Clone, Default)]
 struct Process {
     blocks: HashMap<u64, Block>,
-    resizing: HashMap<u32, (u64, Block)>,
+    /// Address, block, and when it began.
+    resizing: HashMap<u32, (u64, Block, u64)>,
     pages: BTreeMap<u64, Page>,
     unmapped: HashMap<u32, Vec<Run>>,
     moving: HashMap<u32, (u64, u64, Vec<Run>)>,
     program_break: Option<u64>,
+    distrusted_until: Option<u64>,
 }
 
 #[derive(Default)]
@@ -92,7 +94,7 @@ impl Process {
     }
 
     fn live_blocks(&self) -> impl Iterator<Item = &Block> {
-        self.blocks.values().chain(self.resizing.values().map(|(_, block)| block))
+        self.blocks.values().chain(self.resizing.values().map(|(_, block, _)| block))
     }
 
     /// Blocks that a stack's blocks stand for.
@@ -191,11 +193,12 @@ impl Model {
 
     fn apply(&mut self, event: &Event<'_>, time: u64) {
         let tick = self.tick(time);
-        let trusted = |stack: u64| self.distrusted_until.is_none_or(|until| tick > until).then_some(stack);
         let tgid = event.tgid;
         let range = self.next_range + 1;
         self.next_range = range;
         let Some(process) = self.processes.get_mut(&tgid) else { return };
+        let until = self.distrusted_until.max(process.distrusted_until);
+        let trusted = |stack: u64| until.is_none_or(|until| tick > until).then_some(stack);
         match event.what {
             What::Alloc { addr, size, stack, interval, .. } => {
                 process.blocks.insert(addr, Block { size, stack: trusted(stack), birth: tick, interval });
@@ -204,15 +207,15 @@ impl Model {
             What::ReallocBegin { tid, addr, .. } => {
                 process.resizing.remove(&tid);
                 if let Some(block) = process.blocks.remove(&addr) {
-                    process.resizing.insert(tid, (addr, block));
+                    process.resizing.insert(tid, (addr, block, tick));
                 }
             }
             What::ReallocEnd { tid, addr, size, stack, interval, .. } => {
                 let old = process.resizing.remove(&tid);
                 if addr != 0 {
-                    let birth = old.filter(|(_, old)| old.stack.is_some()).map_or(tick, |(_, old)| old.birth);
+                    let birth = old.filter(|(_, old, _)| old.stack.is_some()).map_or(tick, |(_, old, _)| old.birth);
                     process.blocks.insert(addr, Block { size, stack: trusted(stack), birth, interval });
-                } else if let Some((addr, block)) = old
+                } else if let Some((addr, block, _)) = old
                     && size != 0
                 {
                     process.blocks.entry(addr).or_insert(block);
@@ -254,7 +257,9 @@ impl Model {
                     }
                 }
             }
-            What::Exec { .. } => *process = Process::default(),
+            What::Exec { .. } => {
+                *process = Process { distrusted_until: process.distrusted_until, ..Process::default() };
+            }
             _ => {}
         }
     }
@@ -268,11 +273,27 @@ impl Model {
         }
     }
 
-    fn distrust(&mut self, time: u64) {
-        let until = self.tick(time).max(self.distrusted_until.unwrap_or(0));
-        self.distrusted_until = Some(until);
-        for process in self.processes.values_mut() {
-            let blocks = process.blocks.values_mut().chain(process.resizing.values_mut().map(|(_, block)| block));
+    fn missed_realloc_end(&mut self, tgid: u32, tid: u32, time: u64) {
+        let tick = self.tick(time);
+        if let Some(process) = self.processes.get_mut(&tgid)
+            && process.resizing.get(&tid).is_some_and(|(_, _, begun)| *begun <= tick)
+        {
+            process.resizing.remove(&tid);
+        }
+    }
+
+    /// Of one process, or of all.
+    fn distrust(&mut self, of: Option<u32>, time: u64) {
+        let until = self.tick(time);
+        if of.is_none() {
+            self.distrusted_until = self.distrusted_until.max(Some(until));
+        }
+        let concerned = self.processes.iter_mut().filter(|(tgid, _)| of.is_none_or(|of| of == **tgid));
+        for (_, process) in concerned {
+            process.distrusted_until = process.distrusted_until.max(Some(until));
+            let until = process.distrusted_until.unwrap_or(until);
+            let resizing = process.resizing.values_mut().map(|(_, block, _)| block);
+            let blocks = process.blocks.values_mut().chain(resizing);
             blocks.filter(|block| block.birth <= until).for_each(|block| block.stack = None);
             let kept = process.unmapped.values_mut().chain(process.moving.values_mut().map(|(_, _, runs)| runs));
             let pages = process.pages.values_mut().chain(kept.flatten().flatten().map(|(_, page)| page));
@@ -296,7 +317,8 @@ impl Model {
 enum Op {
     Event(u32, What<'static>),
     MissedFree { tgid: u32, addr: u64, ago: u64 },
-    Distrust { ago: u64 },
+    MissedReallocEnd { tgid: u32, tid: u32, ago: u64 },
+    Distrust { of: Option<u32>, ago: u64 },
     Fork { parent: u32, child: u32 },
     Remove { tgid: u32 },
     Roll,
@@ -346,7 +368,8 @@ fn op() -> impl Strategy<Value = (u64, Op)> {
     let op = prop_oneof![
         60 => (tgid(), event).prop_map(|(tgid, what)| Op::Event(tgid, what)),
         3 => (tgid(), addr(), 0..SECOND).prop_map(|(tgid, addr, ago)| Op::MissedFree { tgid, addr, ago }),
-        1 => (0..SECOND).prop_map(|ago| Op::Distrust { ago }),
+        2 => (tgid(), tid(), 0..SECOND).prop_map(|(tgid, tid, ago)| Op::MissedReallocEnd { tgid, tid, ago }),
+        1 => (prop::option::of(tgid()), 0..SECOND).prop_map(|(of, ago)| Op::Distrust { of, ago }),
         1 => (tgid(), tgid()).prop_map(|(parent, child)| Op::Fork { parent, child }),
         1 => tgid().prop_map(|tgid| Op::Remove { tgid }),
         1 => Just(Op::Roll),
@@ -411,6 +434,8 @@ fn same(ledger: &Ledger, model: &Model) -> Result<(), TestCaseError> {
         ranges += runs(process.pages.iter().map(|(number, page)| (*number, *page))).len();
     }
     prop_assert_eq!(ledger.live_blocks(), blocks);
+    let counters = ledger.counters();
+    prop_assert_eq!(counters.blocks, blocks as u64 + counters.ended + counters.not_kept);
     prop_assert_eq!(ledger.room.ranges.used, ranges);
     Ok(())
 }
@@ -441,9 +466,16 @@ proptest! {
                     ledger.missed_free(tgid, addr, now - ago);
                     model.missed_free(tgid, addr, now - ago);
                 }
-                Op::Distrust { ago } => {
-                    ledger.distrust(now - ago);
-                    model.distrust(now - ago);
+                Op::MissedReallocEnd { tgid, tid, ago } => {
+                    ledger.missed_realloc_end(tgid, tid, now - ago);
+                    model.missed_realloc_end(tgid, tid, now - ago);
+                }
+                Op::Distrust { of, ago } => {
+                    match of {
+                        Some(tgid) => ledger.distrust_process(tgid, now - ago),
+                        None => ledger.distrust(now - ago),
+                    }
+                    model.distrust(of, now - ago);
                 }
                 Op::Fork { parent, child } => {
                     ledger.fork_process(parent, child, 0, now);

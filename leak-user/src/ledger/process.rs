@@ -12,6 +12,8 @@ pub struct ProcessLedger {
     tgid: u32,
     start_time: u64,
     leader_exited: bool,
+    /// What was allocated in this tick or before may have been freed unseen.
+    distrusted_until: Option<Tick>,
     pub(super) stacks: Stacks,
     pub(super) heap: Heap,
     pub(super) ranges: Ranges,
@@ -23,6 +25,7 @@ impl ProcessLedger {
             tgid,
             start_time,
             leader_exited: false,
+            distrusted_until: None,
             stacks: Stacks::default(),
             heap: Heap::new(),
             ranges: Ranges::default(),
@@ -34,6 +37,7 @@ impl ProcessLedger {
         let mut child = Self { tgid, start_time, leader_exited: false, ..self.clone() };
         child.stacks.begin_anew(cx.now);
         child.enter(cx.room);
+        cx.counters.blocks += child.heap.live() as u64;
         child.heap.drop_pending(cx, &mut child.stacks);
         child.ranges.drop_pending(cx, &mut child.stacks);
         child
@@ -81,12 +85,35 @@ impl ProcessLedger {
         self.heap.addresses()
     }
 
+    /// Live heap blocks that are kept, those out of verdicts included.
+    pub fn blocks(&self) -> usize {
+        self.heap.live()
+    }
+
     /// Live bytes, and blocks and ranges, that were taken out of verdicts because a free may have been lost.
     pub fn distrusted(&self) -> Total {
         self.stacks.distrusted()
     }
 
+    /// Whether what is allocated in this tick may have been freed unseen.
+    #[inline]
+    pub(super) fn is_distrusted(&self, tick: Tick) -> bool {
+        self.distrusted_until.is_some_and(|until| tick <= until)
+    }
+
+    /// The same process with nothing live: it executed a new program.
+    pub(super) fn emptied(&self) -> Self {
+        Self { distrusted_until: self.distrusted_until, ..Self::new(self.tgid, self.start_time) }
+    }
+
+    /// Whether what was live at some time was taken out of verdicts.
+    pub fn was_distrusted(&self) -> bool {
+        self.distrusted_until.is_some()
+    }
+
     pub(super) fn distrust(&mut self, cx: &Context<'_>, until: Tick) {
+        let until = self.distrusted_until.map_or(until, |before| before.max(until));
+        self.distrusted_until = Some(until);
         self.heap.distrust(cx, &mut self.stacks, until);
         self.ranges.distrust(cx, &mut self.stacks, until);
     }

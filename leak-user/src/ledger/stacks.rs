@@ -53,6 +53,8 @@ pub struct Stack<'a> {
     /// Whether some frames were found by frame pointers for want of a table.
     pub by_frame_pointers: bool,
     pub history: &'a History,
+    /// Bytes that were taken out of the history because their frees may have been lost ([`super::Ledger::distrust`]).
+    pub doubted_bytes: u64,
 }
 
 /// Bytes and blocks.
@@ -104,6 +106,7 @@ struct Counted {
     record: u32,
     class: Class,
     history: History,
+    doubted_bytes: u64,
 }
 
 /// A [`StackId`] is a hash already; this spreads it to the bits that the map looks at.
@@ -165,7 +168,7 @@ impl Stacks {
         };
         room.histories.used += 1;
         let index = self.counted.len() as u32;
-        self.counted.push(Counted { record, class, history: History::new(now) });
+        self.counted.push(Counted { record, class, history: History::new(now), doubted_bytes: 0 });
         self.records[record as usize].counted[class as usize] = Some(index);
         Some(index)
     }
@@ -298,6 +301,7 @@ impl Stacks {
     pub fn distrust_block(&mut self, index: &mut u32, now: Window, block: &Block) {
         if *index != DISTRUSTED {
             self.block_died(now, block);
+            self.doubt(*index, block.size);
             *index = DISTRUSTED;
             self.block_born(now, &Block { stack: DISTRUSTED, ..*block });
         }
@@ -307,6 +311,7 @@ impl Stacks {
     pub fn distrust(&mut self, index: &mut u32, now: Window, birth: Tick, bytes: u64) {
         if *index != DISTRUSTED {
             self.died(*index, now, birth, bytes);
+            self.doubt(*index, bytes);
             *index = DISTRUSTED;
             self.born(DISTRUSTED, now, birth, bytes);
         }
@@ -315,6 +320,13 @@ impl Stacks {
     /// The process is a child that was forked in window `now`.
     pub fn begin_anew(&mut self, now: Window) {
         self.counted.iter_mut().for_each(|counted| counted.history = counted.history.forked(now));
+    }
+
+    /// Notes that so many bytes were taken out of a history, as they are: not what a sample stands for.
+    fn doubt(&mut self, index: u32, bytes: u64) {
+        if let Some(counted) = self.counted.get_mut(index as usize) {
+            counted.doubted_bytes = counted.doubted_bytes.saturating_add(bytes);
+        }
     }
 
     pub fn roll(&mut self, now: Window) {
@@ -344,6 +356,7 @@ impl Stacks {
                 end: sent.map_or(StackEnd::Unknown, |sent| sent.end),
                 by_frame_pointers: sent.is_some_and(|sent| sent.by_frame_pointers),
                 history: &counted.history,
+                doubted_bytes: counted.doubted_bytes,
             }
         })
     }

@@ -106,7 +106,10 @@ fn malloc_and_free() {
     case.free(0x999);
     case.free(0);
     assert_eq!(case.live(1), (50, 1));
-    assert_eq!(case.ledger.counters(), Counters { free_of_unknown: 2, stacks_missing: 1, ..Counters::default() });
+    assert_eq!(
+        case.ledger.counters(),
+        Counters { blocks: 2, ended: 1, free_of_unknown: 2, stacks_missing: 1, ..Counters::default() }
+    );
     assert_eq!(case.ledger.live_blocks(), 1);
 }
 
@@ -331,6 +334,59 @@ fn distrust_takes_the_living_out() {
     case.unmap(7, PAGE, PAGE);
     assert_eq!(distrusted(&case), Total { bytes: 1030, count: 2 });
     assert_eq!(case.ledger.counters().free_of_unknown, 0);
+}
+
+/// The lost end of a realloc ends the block that it was called with, and not that of a later call of the same thread.
+#[test]
+fn missed_realloc_ends() {
+    let mut case = Case::new();
+    case.alloc(0x10, 100, 1);
+    case.alloc(0x20, 30, 1);
+    case.realloc_begin(7, 0x10);
+    case.wait(20 * MS);
+    let ended = case.now;
+    case.ledger.missed_realloc_end(P, 8, ended);
+    assert_eq!(case.live(1), (130, 2), "another thread's");
+    case.ledger.missed_realloc_end(P, 7, ended);
+    assert_eq!((case.live(1), case.ledger.counters().pending_replaced), ((30, 1), 1));
+    case.wait(20 * MS);
+    case.realloc_begin(7, 0x20);
+    case.ledger.missed_realloc_end(P, 7, ended);
+    assert_eq!(case.live(1), (30, 1), "begun since");
+    case.realloc_end(7, 0x30, 40, 1);
+    assert_eq!((case.live(1), case.ledger.live_blocks()), ((40, 1), 1));
+}
+
+/// Where it is known whose free was lost, the other processes' live sets are as good as before.
+#[test]
+fn distrust_of_one_process() {
+    let mut case = Case::new();
+    let other = P + 1;
+    case.ledger.add_process(other, 0, case.now);
+    case.alloc(0x10, 100, 1);
+    let alloc = |case: &mut Case, tgid: u32, addr: u64, time: u64| {
+        case.ledger
+            .apply(&Event { tgid, what: What::Alloc { addr, size: 10, stack: 1, time, interval: Interval::EXACT } });
+    };
+    let now = case.now;
+    alloc(&mut case, other, 0x10, now);
+    case.wait(SECOND);
+    case.ledger.distrust_process(P, case.now);
+    case.ledger.distrust_process(P + 2, case.now);
+    let late = case.now - 10 * MS;
+    alloc(&mut case, P, 0x20, late);
+    alloc(&mut case, other, 0x20, late);
+    case.wait(SECOND);
+    let now = case.now;
+    alloc(&mut case, P, 0x30, now);
+    let live = |tgid: u32| {
+        let process = case.ledger.process(tgid).expect("a known process");
+        (process.live(), process.distrusted())
+    };
+    let total = |bytes, count| Total { bytes, count };
+    assert_eq!(live(P), (total(10, 1), total(110, 2)));
+    assert_eq!(live(other), (total(20, 2), total(0, 0)));
+    assert_eq!(case.ledger.counters().distrusts, 1, "of an unknown process nothing is live");
 }
 
 /// A mapping is counted by whole pages; unmapping it ends it. Files are apart from anonymous memory.

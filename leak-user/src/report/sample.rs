@@ -64,6 +64,7 @@ fn stack(id: &str, verdict: StackVerdict, series: impl Iterator<Item = u64>, mut
         complete: true,
         end: StackEnd::Complete,
         by_frame_pointers: false,
+        affected_by_loss: false,
         frames,
     }
 }
@@ -93,6 +94,8 @@ fn report(process: Process) -> Report {
         events: 1_269_000,
         events_per_s: Some(42_300.0),
         counters: BTreeMap::new(),
+        accounts: Accounts::default(),
+        memory: Memory::default(),
         losses: BTreeMap::new(),
         command: None,
         processes: vec![process],
@@ -118,6 +121,7 @@ fn process(verdict: Verdict) -> Process {
         live_count_ci95: None,
         rss: Rss { first_bytes: Some(120 * MIB), last_bytes: Some(120 * MIB + MIB / 2), growth_bytes_per_s: Some(0.0) },
         explained_growth_ratio: None,
+        affected_by_loss: false,
         memory_limit_bytes: Some(512 * MIB),
         seconds_to_limit: None,
         allocators: vec![Allocator {
@@ -209,7 +213,9 @@ pub fn leaking() -> Report {
     process.explained_growth_ratio = Some(0.972);
     process.seconds_to_limit = Some(18_920.0);
     let mut report = report(process);
-    report.losses.insert("ring_full_alloc".to_owned(), 1204);
+    report.losses.insert("allocations_ring_full".to_owned(), 1204);
+    report.processes[0].affected_by_loss = true;
+    report.processes[0].stacks[0].affected_by_loss = true;
     report
 }
 

@@ -46,7 +46,7 @@ impl Ring {
     /// The ring's size in bytes.
     pub fn size(&self) -> u64 {
         match self {
-            Self::Shared(_) => leak_common::ring::RING_SIZE,
+            Self::Shared(ring) => ring.size(),
             Self::Kernel(ring) => ring.size(),
         }
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Result, bail};
 use aya::maps::{Map, MapData};
-use leak_common::ring::{COMMITTED, MAX_RECORD, Positions, RING_SIZE};
+use leak_common::ring::{COMMITTED, MAX_RECORD, Positions};
 use nix::sys::mman::ProtFlags;
 
 use super::{BATCH, Mapping};
@@ -17,6 +17,8 @@ const HEADER: u64 = 8;
 pub struct Ring {
     data: Mapping,
     positions: Mapping,
+    /// Bytes; a power of two.
+    size: u64,
     position: u64,
     /// Keep the maps alive.
     _maps: [MapData; 2],
@@ -30,8 +32,14 @@ impl Ring {
         let map = |map: &MapData, length| {
             Mapping::new(map.fd().as_fd(), length, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
         };
+        let length = data.info()?.value_size() as usize;
+        let size = length.saturating_sub(MAX_RECORD) as u64;
+        if !size.is_power_of_two() {
+            bail!("the ring has {size} bytes, which is no power of two");
+        }
         Ok(Self {
-            data: map(&data, RING_SIZE as usize + MAX_RECORD)?,
+            data: map(&data, length)?,
+            size,
             positions: map(&positions, size_of::<Positions>())?,
             position: 0,
             _maps: [data, positions],
@@ -51,6 +59,11 @@ impl Ring {
     /// Bytes that wait to be taken.
     pub fn pending(&self) -> u64 {
         self.end().wrapping_sub(self.position)
+    }
+
+    /// See [`super::Ring::size`].
+    pub fn size(&self) -> u64 {
+        self.size
     }
 
     /// See [`super::Ring::position`].
@@ -87,7 +100,7 @@ impl Ring {
 
     /// The record at a position; nothing where it is still being written.
     fn record_at(&self, position: u64) -> Option<&'static [u8]> {
-        let at = (position & (RING_SIZE - 1)) as usize;
+        let at = (position & (self.size - 1)) as usize;
         // SAFETY: at is within the ring and aligned to eight bytes, as all positions are.
         let header = unsafe { self.data.start.byte_add(at).cast::<AtomicU64>().as_ref() }.load(Ordering::Acquire);
         let length = header & !COMMITTED;
@@ -95,7 +108,7 @@ impl Ring {
         if header & COMMITTED == 0 || length > MAX_RECORD as u64 - HEADER || !length.is_multiple_of(8) {
             return None;
         }
-        // SAFETY: the ring is longer than RING_SIZE by the longest record; the programs do not write there again before the
+        // SAFETY: the ring is longer than its size by the longest record; the programs do not write there again before the
         // consumer's position has passed it; the slice does not leave `drain`.
         let record = unsafe {
             let start = self.data.start.byte_add(at + HEADER as usize).cast().as_ptr();

@@ -100,6 +100,17 @@ impl Symbols {
         }
     }
 
+    /// How many places are kept with their names.
+    pub fn names_kept(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Forgets all names, and what was read from files to find them; they are read again when they are needed.
+    pub fn forget_names(&mut self) {
+        self.cache = HashMap::new();
+        self.names.forget();
+    }
+
     /// Forgets a process; files that no other process has are closed.
     pub fn forget(&mut self, id: ProcessId) {
         self.spaces.remove(&id);

@@ -6,6 +6,7 @@
 use super::debug_files::{Source, Sources, path_by_build_id};
 use super::image::Image;
 use super::space::Module;
+use crate::privileges::Keep;
 use blazesym::symbolize::source::{self, Elf};
 use blazesym::symbolize::{CodeInfo, Input, Reason, Sym, Symbolized, Symbolizer};
 use std::fmt::{self, Write};
@@ -39,7 +40,13 @@ impl Name {
     }
 }
 
-struct Request {
+enum Request {
+    LookUp(LookUp),
+    /// Everything that was read so far.
+    Forget,
+}
+
+struct LookUp {
     module: Arc<Module>,
     offsets: Vec<u64>,
     answer: Sender<Vec<Arc<[Name]>>>,
@@ -59,10 +66,16 @@ impl Names {
         Ok(Self { requests })
     }
 
+    /// Lets go of what was read from files.
+    pub fn forget(&self) {
+        // If the thread has ended there is nothing to forget.
+        let _ = self.requests.send(Request::Forget);
+    }
+
     /// The functions at each of the file offsets, innermost first. As many as there are offsets, and each at least one.
     pub fn look_up(&self, module: &Arc<Module>, offsets: &[u64]) -> Vec<Arc<[Name]>> {
         let (answer, receiver) = mpsc::channel();
-        let request = Request { module: Arc::clone(module), offsets: offsets.to_vec(), answer };
+        let request = Request::LookUp(LookUp { module: Arc::clone(module), offsets: offsets.to_vec(), answer });
         let sent = self.requests.send(request).ok();
         let found = sent.and_then(|()| receiver.recv().ok());
         found.unwrap_or_else(|| vec![Name::none("the thread that reads symbols has ended"); offsets.len()])
@@ -70,8 +83,13 @@ impl Names {
 }
 
 fn serve(requests: &Receiver<Request>) {
+    Keep::Reading.only();
     let mut reader = Reader::new();
-    while let Ok(Request { module, offsets, answer }) = requests.recv() {
+    while let Ok(request) = requests.recv() {
+        let Request::LookUp(LookUp { module, offsets, answer }) = request else {
+            reader = Reader::new();
+            continue;
+        };
         // AssertUnwindSafe: what panicked is made anew, or was not made at all.
         let found = catch_unwind(AssertUnwindSafe(|| match module.sources() {
             Some(sources) => reader.look_up(sources, &offsets),
@@ -379,7 +397,7 @@ mod tests {
             let (requests, receiver) = mpsc::channel();
             let (answer, answers) = mpsc::channel();
             let module = Module::of_file(path.clone(), file);
-            requests.send(Request { module, offsets: offsets.to_vec(), answer }).expect("it is received");
+            requests.send(Request::LookUp(LookUp { module, offsets: offsets.to_vec(), answer })).expect("it is received");
             drop(requests);
             serve(&receiver);
             let found = answers.recv().expect("an answer");

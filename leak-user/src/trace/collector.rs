@@ -16,7 +16,8 @@ use tokio::sync::mpsc;
 
 use crate::decode::{Event, StackEnd, StackId, What, decode};
 use crate::ledger::Ledger;
-use crate::losses::{Losses, MissedFree, monotonic_now};
+use crate::losses::{Doubt, Losses, Missed, MissedWhat, monotonic_now};
+use crate::privileges::Keep;
 use crate::process::ProcessId;
 use crate::recording::{self, Entry};
 use crate::ring::Ring;
@@ -54,9 +55,10 @@ pub enum Notice {
 
 /// What did not come through the ring.
 struct Lost {
-    frees: Vec<MissedFree>,
-    /// Frees, or changes of mappings and processes, that nothing is known of.
-    for_good: bool,
+    /// What was kept aside.
+    missed: Vec<Missed>,
+    /// Whose frees, or changes of mappings and processes, nothing is known of.
+    doubt: Doubt,
 }
 
 /// How many notices may wait. Beyond that they are dropped and counted: stacks then get their names later, and the slow
@@ -83,7 +85,6 @@ pub struct Core {
     pub recording_error: Option<std::io::Error>,
     notices: mpsc::Sender<Notice>,
     kept_aside: u64,
-    lost: u64,
     counters_read: Instant,
     /// The kernel side's counters when the trace was cut; nothing is taken from the ring after that.
     cut: Option<BTreeMap<String, u64>>,
@@ -110,7 +111,6 @@ impl Core {
             recording_error: None,
             notices,
             kept_aside: 0,
-            lost: 0,
             counters_read: Instant::now(),
             cut: None,
         };
@@ -134,11 +134,11 @@ impl Core {
         self.tell(Entry::RemoveProcess { tgid });
     }
 
-    /// The kernel removed probes by itself, and they stand again: what was freed meanwhile nobody knows.
-    pub fn probes_dropped(&mut self) {
+    /// The kernel removed probes from a process by itself, and they stand again: what was freed there meanwhile nobody knows.
+    pub fn probes_dropped(&mut self, tgid: u32) {
         self.probes_dropped += 1;
         self.collect();
-        self.tell(Entry::Distrust { time: monotonic_now() });
+        self.tell(Entry::DistrustProcess { tgid, time: monotonic_now() });
     }
 
     /// Takes all that is in the ring by now, and what the kernel kept aside while it was full.
@@ -157,22 +157,31 @@ impl Core {
         self.apply_lost(lost);
     }
 
-    /// Takes the frees that were kept aside, and notes whether anything was lost for good.
+    /// Takes what was kept aside, and notes of whom something was lost for good.
     fn take_lost(&mut self) -> Lost {
         self.counters_read = Instant::now();
         let kept_aside = self.losses.get(counter::RING_FULL_FREE);
-        let lost = self.losses.for_good();
-        let frees = if kept_aside == self.kept_aside { Vec::new() } else { self.losses.drain_missed() };
+        let doubt = self.losses.doubt();
+        let missed = if kept_aside == self.kept_aside { Vec::new() } else { self.losses.drain_missed() };
         self.kept_aside = kept_aside;
-        Lost { frees, for_good: std::mem::replace(&mut self.lost, lost) != lost }
+        Lost { missed, doubt }
     }
 
     fn apply_lost(&mut self, lost: Lost) {
-        for free in lost.frees {
-            self.tell(Entry::MissedFree { tgid: free.tgid, addr: free.addr, time: free.time });
+        for Missed { tgid, what, time } in lost.missed {
+            self.tell(match what {
+                MissedWhat::Free { addr } => Entry::MissedFree { tgid, addr, time },
+                MissedWhat::ReallocEnd { tid } => Entry::MissedReallocEnd { tgid, tid, time },
+            });
         }
-        if lost.for_good {
-            self.tell(Entry::Distrust { time: monotonic_now() });
+        let time = monotonic_now();
+        match lost.doubt {
+            Doubt::All => self.tell(Entry::Distrust { time }),
+            Doubt::Of(processes) => {
+                for tgid in processes {
+                    self.tell(Entry::DistrustProcess { tgid, time });
+                }
+            }
         }
     }
 
@@ -299,6 +308,7 @@ impl Collector {
         let thread = std::thread::Builder::new().name("collector".to_owned()).spawn({
             let (core, stop) = (Arc::clone(&core), Arc::clone(&stop));
             move || {
+                Keep::Collecting.only();
                 let mut before = 0;
                 while !stop.load(Ordering::Relaxed) {
                     let records = {

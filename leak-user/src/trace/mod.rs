@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use leak_common::sampling::Interval;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -44,6 +45,7 @@ use crate::discover::Files;
 use crate::doctor;
 use crate::ledger::{Config as LedgerConfig, Ledger};
 use crate::losses::{Losses, monotonic_now};
+use crate::privileges::Keep;
 use crate::process::ProcessId;
 use crate::recording::{self, Entry};
 use crate::report::{self, Ended, Report};
@@ -63,6 +65,11 @@ const TICK: Duration = Duration::from_millis(50);
 const COST_OF_ALL: &str = "all selected processes are traced: each call of malloc with its free takes them about 2 microseconds \
     longer; other processes pay nothing. What a new process allocates in its first tenths of a second is not seen. Without --all only \
     those that keep growing are traced";
+/// Names are forgotten once less than this part of the memory that may be taken is left.
+const NAMES_SHARE: u64 = 8;
+
+/// How long the effect of sampling on the number of live blocks is waited for.
+const WIDEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
 /// How a run ended, for the exit status.
 #[derive(Clone, Copy, Debug)]
@@ -164,6 +171,11 @@ struct Run<'a> {
     start_ns: u64,
     /// When the trace was cut, in nanoseconds of `CLOCK_MONOTONIC` too.
     cut: Option<(Instant, u64)>,
+    /// When a process was last sampled more thinly for want of memory, and how often that was done.
+    widened: Option<Instant>,
+    widenings: u64,
+    /// How often names were forgotten, to stay within the memory that may be taken.
+    names_dropped: u64,
     /// Records and time at the previous report.
     last_report: (u64, Instant),
 }
@@ -203,13 +215,15 @@ impl<'a> Run<'a> {
             births: matches!(config.target, What::System { all: true, .. }),
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
+            kernel_memory: config.kernel_memory,
+            asked: config.sizes,
             ..Settings::default()
         };
         let mut programs = Programs::load(&settings)?;
         let ring = Ring::take(&mut programs)?;
         let losses = Losses::take(&mut programs)?;
         forward_logs(&mut programs);
-        let ledger = Ledger::new(LedgerConfig { page_size: page_size() as u64, ..LedgerConfig::default() });
+        let ledger = Ledger::new(LedgerConfig::within(config.max_memory, page_size() as u64));
         let (collector, notices) = Collector::start(ledger, ring, losses, recording)?;
         let code = Code::new(programs.has_tables().then_some(settings.rows));
         let started = Instant::now();
@@ -237,6 +251,9 @@ impl<'a> Run<'a> {
             started,
             start_ns: monotonic_now(),
             cut: None,
+            widened: None,
+            widenings: 0,
+            names_dropped: 0,
             last_report: (0, started),
         };
         match &config.target {
@@ -252,6 +269,8 @@ impl<'a> Run<'a> {
                 }
             }
         }
+        // Everything stands, or can be attached to with what is left.
+        Keep::Tracing { writes: config.output.is_some(), ends: run.command.is_some() }.only();
         Ok(run)
     }
 
@@ -357,6 +376,7 @@ impl<'a> Run<'a> {
             self.tend_system();
             self.resample(resampled.swap(0, Ordering::Relaxed));
             self.sampler.tend(&self.programs, &self.collector);
+            self.sample_within_memory();
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
                 sampled = now;
@@ -367,6 +387,8 @@ impl<'a> Run<'a> {
                     target.sample(at, traced);
                 }
                 core.tell(Entry::Roll { time: monotonic_now() });
+                drop(core);
+                self.stay_within_memory();
             }
             if now.duration_since(swept) >= SWEEP_EVERY {
                 swept = now;
@@ -403,6 +425,47 @@ impl<'a> Run<'a> {
                 }
             }
         }
+    }
+
+    /// Forgets what can be found again where too much memory is taken: names, and what was read to find them. What cannot, live
+    /// blocks and stacks, has caps of its own.
+    fn stay_within_memory(&mut self) {
+        let share = self.config.max_memory / NAMES_SHARE;
+        let is_high = crate::process::own_memory().is_some_and(|bytes| bytes > self.config.max_memory - share);
+        if is_high && self.symbols.names_kept() > 0 {
+            self.symbols.forget_names();
+            crate::process::give_back_memory();
+            self.names_dropped += 1;
+        }
+    }
+
+    /// Where the live blocks come near to their cap, the process that has most of them is sampled from here on, or sampled more
+    /// thinly, so that what is followed stays a fair part of all. Not where the user has said how densely.
+    fn sample_within_memory(&mut self) {
+        if self.config.sampling != Sampling::Auto || self.widened.is_some_and(|at| at.elapsed() < WIDEN_AGAIN_AFTER) {
+            return;
+        }
+        let largest = {
+            let core = self.collector.core();
+            if core.ledger.live_blocks() < core.ledger.most_blocks() / 4 * 3 {
+                return;
+            }
+            let live = |target: &Target| core.ledger.process(target.id().tgid).map_or(0, |process| process.blocks());
+            let running = self.targets.iter().filter(|target| target.ended.is_none());
+            let Some(largest) = running.max_by_key(|target| live(target)).map(|target| target.id().tgid) else {
+                return;
+            };
+            let total = core.ledger.process(largest).map(|process| process.live()).unwrap_or_default();
+            (largest, total.bytes / total.count.max(1))
+        };
+        let (tgid, mean) = largest;
+        // At first about one in eight of blocks of the usual size, then a quarter of that each time.
+        let before = self.sampler.interval(tgid);
+        let interval = Interval::near((before.bytes() * 4).max(mean.saturating_mul(8)));
+        log::info!("pid {tgid}: sampled once in {} bytes, to stay within --max-memory", interval.bytes());
+        self.sampler.set(&self.programs, tgid, interval);
+        self.widened = Some(Instant::now());
+        self.widenings += 1;
     }
 
     /// Does what the stream asked for.
@@ -488,10 +551,10 @@ impl<'a> Run<'a> {
             let followed = target.follow_threads(programs);
             match followed {
                 Ok(Followed::AsBefore) => continue,
-                Ok(Followed::Lost) => collector.core().probes_dropped(),
+                Ok(Followed::Lost) => collector.core().probes_dropped(target.id().tgid),
                 Err(error) if !target.notice_end() => {
                     log::warn!("pid {} may not be traced on: {error:#}", target.id().tgid);
-                    collector.core().probes_dropped();
+                    collector.core().probes_dropped(target.id().tgid);
                 }
                 Ok(Followed::Moved) | Err(_) => {}
             }
@@ -573,12 +636,27 @@ impl<'a> Run<'a> {
         if let Some(pushed_out) = usage.map(|usage| usage.pushed_out).filter(|&count| count > 0) {
             report.losses.insert("unwind_tables_pushed_out".to_owned(), pushed_out);
         }
+        report.accounts = snapshot.accounts();
+        if self.widenings > 0 {
+            report.counters.insert("sampled_for_memory".to_owned(), self.widenings);
+        }
+        if self.names_dropped > 0 {
+            report.counters.insert("names_dropped".to_owned(), self.names_dropped);
+        }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
         for process in &mut report.processes {
             let interval = self.sampler.interval(process.pid);
             process.interval_bytes = (!interval.is_exact()).then(|| interval.bytes());
         }
+        report.memory = report::Memory {
+            kernel_bytes: self.programs.kernel_bytes(),
+            kernel_cap_bytes: self.config.kernel_memory,
+            user_bytes: crate::process::own_memory(),
+            user_cap_bytes: self.config.max_memory,
+            names: self.symbols.names_kept() as u64,
+            ..snapshot.memory()
+        };
         report.processes.extend(self.ended_children.leaking.iter().cloned());
         if let Some(system) = self.system.take() {
             report.processes.extend(system.settled().cloned());

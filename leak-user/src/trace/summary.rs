@@ -46,6 +46,8 @@ struct Judged {
     freed_bytes: u64,
     sampled: SampledTotals,
     oldest_age_s: Option<f64>,
+    /// The part of what it allocated that is known for certain, 0 to 1.
+    certain: f64,
     series: Vec<(f64, u64)>,
 }
 
@@ -57,6 +59,7 @@ struct JudgedProcess {
     stacks_seen: u64,
     growing_stacks: u64,
     growing_bytes_per_s: f64,
+    affected_by_loss: bool,
     summaries: Vec<StackSummary>,
     /// Those that will be listed.
     stacks: Vec<Judged>,
@@ -67,6 +70,7 @@ pub struct Snapshot {
     processes: Vec<(u32, JudgedProcess)>,
     counters: Counters,
     kernel: BTreeMap<String, u64>,
+    memory: report::Memory,
     records: u64,
     undecodable: u64,
     notices_dropped: u64,
@@ -89,6 +93,8 @@ impl Snapshot {
         // Windows are numbered from the ledger's first time.
         let origin = core.ledger.first_time().unwrap_or(moment.start);
         let since_start = (origin as f64 - moment.start as f64) / 1e9;
+        let kernel = core.kernel_counters();
+        let seen = seen(&core.ledger.counters(), &kernel);
         let processes = core
             .ledger
             .processes()
@@ -96,18 +102,39 @@ impl Snapshot {
             .map(|process| {
                 let live = Live { total: process.live(), sampled: process.sampled().live };
                 let stacks = process.stacks().filter(|stack| is_wanted(stack, config));
-                (process.tgid(), judge(stacks, now, since_start, live, config))
+                let doubted = process.distrusted().count > 0 || process.was_distrusted();
+                let mut judged = judge(stacks, now, since_start, live, seen, config);
+                judged.affected_by_loss |= doubted;
+                (process.tgid(), judged)
             })
             .collect();
         Self {
             processes,
             counters: core.ledger.counters(),
-            kernel: core.kernel_counters(),
+            kernel,
+            memory: report::Memory {
+                blocks: core.ledger.live_blocks() as u64,
+                blocks_cap: core.ledger.most_blocks() as u64,
+                stacks: core.ledger.stacks().0 as u64,
+                stacks_cap: core.ledger.stacks().1 as u64,
+                ..report::Memory::default()
+            },
             records: core.records,
             undecodable: core.undecodable,
             notices_dropped: core.notices_dropped,
             probes_dropped: core.probes_dropped,
         }
+    }
+
+    /// What became of the blocks that were seen.
+    pub fn accounts(&self) -> report::Accounts {
+        let Counters { blocks, ended, not_kept, .. } = self.counters;
+        report::Accounts { allocated: blocks, live: self.memory.blocks, ended, not_kept }
+    }
+
+    /// What the ledger holds, of what it may.
+    pub fn memory(&self) -> report::Memory {
+        self.memory
     }
 
     /// Records taken from the ring since the start.
@@ -164,6 +191,7 @@ impl Snapshot {
             cgroup: target.process.cgroup.clone(),
             labels: target.labels.clone(),
             reason: target.reason.clone(),
+            affected_by_loss: judged.as_ref().is_some_and(|judged| judged.affected_by_loss),
             verdict: match verdict.verdict {
                 ProcessVerdict::Leaking => report::Verdict::Leaking,
                 ProcessVerdict::Plateau => report::Verdict::Plateau,
@@ -238,6 +266,7 @@ fn judge<'a>(
     now: Window,
     since_start: f64,
     live: Live,
+    seen: f64,
     config: &Config,
 ) -> JudgedProcess {
     let mut all: Vec<(Stack<'a>, Judgement)> = stacks.map(|stack| (stack, detect::judge(stack.history, now))).collect();
@@ -257,7 +286,7 @@ fn judge<'a>(
         .iter()
         .filter(|(stack, judgement)| stack.history.live_bytes() > 0 || judgement.verdict != Verdict::Stable)
         .take(config.top.max(LISTED))
-        .map(|(stack, judgement)| Judged::new(stack, judgement, now, since_start))
+        .map(|(stack, judgement)| Judged::new(stack, judgement, now, since_start, seen))
         .collect();
     JudgedProcess {
         live_bytes: live.total.bytes,
@@ -266,17 +295,28 @@ fn judge<'a>(
         stacks_seen: all.iter().filter(|(stack, _)| stack.history.live_bytes() > 0).count() as u64,
         growing_stacks,
         growing_bytes_per_s,
+        affected_by_loss: seen < 1.0,
         summaries,
         stacks: listed,
     }
+}
+
+/// The part of all heap blocks whose allocation was seen and kept, 0 to 1. Of the others nobody knows the stack, so each stack may be
+/// short of as many.
+fn seen(counters: &Counters, kernel: &BTreeMap<String, u64>) -> f64 {
+    let lost = ["allocations_ring_full", "threads_full"].iter().filter_map(|name| kernel.get(*name)).sum::<u64>();
+    let missing = (lost + counters.not_kept) as f64;
+    let all = (counters.blocks + lost) as f64;
+    if missing > 0.0 { 1.0 - missing / all.max(1.0) } else { 1.0 }
 }
 
 /// So many stacks stand in a report at least, if there are so many: machines read more of it than people.
 const LISTED: usize = 50;
 
 impl Judged {
-    fn new(stack: &Stack<'_>, judgement: &Judgement, now: Window, since_start: f64) -> Self {
+    fn new(stack: &Stack<'_>, judgement: &Judgement, now: Window, since_start: f64, seen: f64) -> Self {
         let history: &History = stack.history;
+        let allocated = history.allocated_bytes().max(1) as f64;
         let window_s = Duration::from_nanos(BASE_WINDOW_NS).as_secs_f64();
         Self {
             id: stack.id,
@@ -291,6 +331,7 @@ impl Judged {
             allocated_bytes: history.allocated_bytes(),
             freed_bytes: history.freed_bytes(),
             sampled: history.sampled(),
+            certain: seen * (1.0 - (stack.doubted_bytes as f64 / allocated).min(1.0)),
             oldest_age_s: history.oldest_birth().map(|birth| f64::from(now.saturating_sub(birth)) * window_s),
             series: history
                 .series()
@@ -327,9 +368,10 @@ impl Judged {
             growth: self.judgement.growth.map_or_else(report::Growth::default, |growth| report::Growth {
                 bytes_per_s: Some(growth.bytes_per_s),
                 ci95: Some([growth.ci95.0, growth.ci95.1]),
-                confidence: Some(growth.confidence),
+                confidence: Some(growth.confidence * self.certain),
                 windows: growth.windows,
             }),
+            affected_by_loss: self.certain < 1.0,
             series: self.series,
             complete: self.end.is_complete(),
             by_frame_pointers: self.by_frame_pointers,

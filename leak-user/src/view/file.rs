@@ -15,7 +15,7 @@ pub enum ReportFile {
     /// A regular file: written to one without a name, which at the end is copied and renamed into place.
     Whole { spool: File, to: PathBuf },
     /// A device or pipe, such as `/dev/null`: renaming over it would replace it, so it is written directly.
-    Direct(File),
+    Direct { file: File, to: PathBuf },
 }
 
 impl ReportFile {
@@ -26,7 +26,7 @@ impl ReportFile {
             Ok(meta) if meta.is_dir() => bail!("{}: is a directory", failed()),
             Ok(meta) if !meta.is_file() => {
                 let file = File::options().write(true).open(path).with_context(failed)?;
-                return Ok(Self::Direct(file));
+                return Ok(Self::Direct { file, to: path.to_owned() });
             }
             Ok(_) => {
                 // Opened only to see whether that is allowed: a rename would get around a file's own permissions.
@@ -47,12 +47,19 @@ impl ReportFile {
         Ok(Self::Whole { spool, to })
     }
 
+    /// What has failed when this cannot be written.
+    pub fn what_failed(&self) -> String {
+        let (Self::Whole { to, .. } | Self::Direct { to, .. }) = self;
+        format!("write the report to {}", shown(to))
+    }
+
     /// Puts the file in its place. On failure nothing is left behind and an earlier file stays as it was.
     pub fn finish(self) -> Result<()> {
+        let failed = self.what_failed();
+        let failed = || failed.clone();
         match self {
-            Self::Direct(mut file) => file.flush().context("write the report"),
+            Self::Direct { mut file, .. } => file.flush().with_context(failed),
             Self::Whole { mut spool, to } => {
-                let failed = || format!("write the report to {}", shown(&to));
                 let mut file = named(&to).with_context(failed)?;
                 spool.rewind().with_context(failed)?;
                 io::copy(&mut spool, &mut file).with_context(failed)?;
@@ -72,13 +79,13 @@ impl ReportFile {
 impl Write for ReportFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Whole { spool: file, .. } | Self::Direct(file) => file.write(bytes),
+            Self::Whole { spool: file, .. } | Self::Direct { file, .. } => file.write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match self {
-            Self::Whole { spool: file, .. } | Self::Direct(file) => file.flush(),
+            Self::Whole { spool: file, .. } | Self::Direct { file, .. } => file.flush(),
         }
     }
 }
@@ -169,7 +176,7 @@ mod tests {
     #[test]
     fn devices_stay() {
         let mut file = ReportFile::create(Path::new("/dev/null")).unwrap();
-        assert!(matches!(file, ReportFile::Direct(_)));
+        assert!(matches!(file, ReportFile::Direct { .. }));
         file.write_all(b"x").unwrap();
         file.finish().unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());

@@ -108,13 +108,16 @@ impl Output {
                 Ok(Outcome::Open)
             }
             (Sink::Stream { out, .. }, Format::Jsonl) => {
-                outcome(json::write_line(out, report).and_then(|()| out.flush()))
+                outcome(json::write_line(out, report).and_then(|()| out.flush())).context("write the report")
             }
-            (Sink::File(file), Format::Jsonl) => outcome(json::write_line(file, report)),
+            (Sink::File(file), Format::Jsonl) => {
+                let result = json::write_line(file, report);
+                outcome(result).with_context(|| file.what_failed())
+            }
             (Sink::Stream { out, terminal }, Format::Text) if self.intervals => {
                 let result = write_text(out, report, look, *terminal, self.written);
                 self.written = true;
-                outcome(result)
+                outcome(result).context("write the report")
             }
             _ => Ok(Outcome::Open),
         }
@@ -132,7 +135,7 @@ impl Output {
                     Format::Json => json::write_pretty(&mut file, report),
                     Format::Jsonl => json::write_line(&mut file, report),
                 }
-                .context("write the report")?;
+                .with_context(|| file.what_failed())?;
                 file.finish()?;
                 return Ok(Outcome::Open);
             }
@@ -151,6 +154,7 @@ impl Output {
             }
             .and_then(|()| out.flush()),
         )
+        .context("write the report")
     }
 }
 
@@ -174,7 +178,7 @@ fn outcome(result: io::Result<()>) -> Result<Outcome> {
     match result {
         Ok(()) => Ok(Outcome::Open),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Outcome::Closed),
-        Err(error) => Err(error).context("write the report"),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn what_is_a_loss() {
         let mut report = sample::leaking();
-        assert!(text(&report, PLAIN, false).contains("Lost: ring_full_alloc 1,204"));
+        assert!(text(&report, PLAIN, false).contains("Lost: allocations_ring_full 1,204"));
         report.losses = [("calls_nested".to_owned(), 7)].into();
         assert!(!text(&report, PLAIN, false).contains("Lost"));
     }

@@ -86,6 +86,11 @@ pub fn remarks(process: &Process) -> Vec<String> {
             bytes(last - first)
         ));
     }
+    if process.affected_by_loss {
+        remarks.push(
+            "Something was lost (see above): what may have been freed unseen is left out, and it is less sure what grows.".to_owned(),
+        );
+    }
     if let Some(reason) = &process.reason {
         remarks.push(format!("Traced because {}.", self::reason(reason)));
     }
@@ -172,6 +177,9 @@ pub fn growth(stack: &Stack) -> (String, Vec<String>) {
             c if c > 0.999 => "over 99.9 % sure".to_owned(),
             c => format!("{:.1} % sure", c * 100.0),
         });
+    }
+    if stack.affected_by_loss {
+        rest.push("touched by loss".to_owned());
     }
     let kind = match stack.resource {
         Resource::Heap => "heap",
