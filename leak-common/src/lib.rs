@@ -105,6 +105,9 @@ pub mod op {
     /// Releases blocks that it does not name: mimalloc's `mi_heap_destroy`. Which ones is not known, so it counts as a lost free.
     pub const FREE_UNNAMED: u8 = 12;
 
+    /// The breakpoint is one that the kernel single-steps, which costs many times as much. Only in cookies.
+    pub const STEPPED: u8 = 0x80;
+
     /// All arguments come one later, because the first names a heap (mimalloc's `mi_heap_calloc` and the like).
     pub const SHIFTED: u8 = 0x40;
 
@@ -316,6 +319,20 @@ pub struct MissedFree {
     pub addr: u64,
 }
 const _: () = assert!(size_of::<MissedFree>() == 16);
+
+/// How often a traced process hit breakpoints, in an element of a map that user space has mapped. Threads add to it now and then.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    /// Entries of functions, whether or not anything was recorded.
+    pub entries: u64,
+    /// Returns of functions.
+    pub returns: u64,
+    /// Those of the entries that were single-stepped.
+    pub stepped: u64,
+    pub reserved: u64,
+}
+const _: () = assert!(size_of::<Hits>() == 32);
 
 /// How the kernel side's jiffies become nanoseconds of `CLOCK_MONOTONIC`: jiffies * tick + offset, modulo 2^64.
 #[repr(C)]

@@ -26,9 +26,9 @@ use aya_obj::Object;
 use btf::Btf;
 use close::close_all;
 pub use floor::Floor;
-use leak_common::op;
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
+use leak_common::{Hits, op};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use ranges::{Ranges, Rows};
 use samplings::Samplings;
@@ -36,6 +36,7 @@ use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 pub(crate) use sys::{lookup_and_delete, recursion_misses};
 
+use crate::discover::ProbePoint;
 use crate::ring::page_size;
 
 /// The BPF object, built by this crate's build script.
@@ -203,6 +204,20 @@ pub struct Point {
     pub shape: u8,
     /// Offset in the file of the instruction that the breakpoint replaces.
     pub offset: u64,
+    /// Whether the kernel single-steps that instruction, as far as is known, instead of emulating it.
+    pub stepped: bool,
+}
+
+impl Point {
+    fn cookie(&self) -> u8 {
+        self.shape | if self.stepped { op::STEPPED } else { 0 }
+    }
+}
+
+impl From<&ProbePoint> for Point {
+    fn from(point: &ProbePoint) -> Self {
+        Self { shape: point.op(), offset: point.offset, stepped: !point.placement.reason.is_emulated() }
+    }
 }
 
 /// The probes in one file for one process; they are removed when this is dropped.
@@ -347,7 +362,9 @@ impl Programs {
         let targets = BpfHashMap::try_from(take_map(&mut ebpf, "TARGETS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
-        let samplings = Samplings::take(take_map(&mut ebpf, "SAMPLINGS")?, take_map(&mut ebpf, "ADDRESSES")?)?;
+        let samplings = ["SAMPLINGS", "HITS", "ADDRESSES"].map(|name| take_map(&mut ebpf, name));
+        let [words, hits, sampled] = samplings;
+        let samplings = Samplings::take(words?, hits?, sampled?)?;
         let clock = ClockSync::new(&mut ebpf)?;
         let mut programs = Self {
             ebpf,
@@ -510,6 +527,11 @@ impl Programs {
         self.samplings.get(tgid)
     }
 
+    /// How often a traced process hit our breakpoints.
+    pub fn hits(&self, tgid: u32) -> Option<Hits> {
+        self.samplings.hits(tgid)
+    }
+
     /// Adds blocks of a process to those whose frees are sent. An error where not all of them have room.
     pub fn keep_addresses(&self, tgid: u32, addresses: &[u64], time: u64) -> std::io::Result<()> {
         self.samplings.keep(tgid, addresses, time)
@@ -555,7 +577,7 @@ impl Programs {
         for (name, at_return) in programs {
             let points = places.points.iter().filter(|point| !at_return || point.shape != op::FREE);
             let (offsets, cookies): (Vec<u64>, Vec<u64>) =
-                points.map(|point| (point.offset, u64::from(point.shape))).unzip();
+                points.map(|point| (point.offset, u64::from(point.cookie()))).unzip();
             if offsets.is_empty() {
                 continue;
             }

@@ -32,7 +32,7 @@ impl Traced {
 }
 
 fn places(file: &AllocatorFile) -> Places {
-    let points = file.points.iter().map(|point| Point { shape: point.op(), offset: point.offset }).collect();
+    let points = file.points.iter().map(Point::from).collect();
     Places { file: file.path_for_attach(), points }
 }
 
