@@ -10,6 +10,7 @@ mod hold;
 mod ranges;
 mod samplings;
 mod sys;
+mod trap;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -35,6 +36,7 @@ use samplings::Samplings;
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 pub(crate) use sys::{lookup_and_delete, recursion_misses};
+pub use trap::TrapCosts;
 
 use crate::discover::ProbePoint;
 use crate::ring::page_size;

@@ -208,6 +208,11 @@ impl Estimate {
         enough && self.bytes > 0.0 && self.blocks > 0.0 && (few || far)
     }
 
+    /// Whether nothing speaks against growth but that too little was seen.
+    pub fn waits(&self) -> bool {
+        !self.grows() && self.blocks > self.blocks_error && self.expected < -2.0 * UNLIKELY.ln()
+    }
+
     /// The 95 % interval of bytes.
     pub fn bytes_ci95(&self) -> (f64, f64) {
         (self.bytes - 1.96 * self.bytes_error, self.bytes + 1.96 * self.bytes_error)

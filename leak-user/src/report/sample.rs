@@ -63,6 +63,7 @@ fn stack(id: &str, verdict: StackVerdict, series: impl Iterator<Item = u64>, mut
         series,
         complete: true,
         end: StackEnd::Complete,
+        by_windows: false,
         by_frame_pointers: false,
         frames,
     }
@@ -114,6 +115,7 @@ fn process(verdict: Verdict) -> Process {
         live_bytes: 68 * MIB,
         live_count: 120_034,
         interval_bytes: None,
+        overhead: None,
         live_bytes_ci95: None,
         live_count_ci95: None,
         rss: Rss { first_bytes: Some(120 * MIB), last_bytes: Some(120 * MIB + MIB / 2), growth_bytes_per_s: Some(0.0) },

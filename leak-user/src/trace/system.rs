@@ -249,6 +249,7 @@ impl Run<'_> {
     /// Forgets all that is known of a process that is not traced any more.
     pub(super) fn let_go(&mut self, id: ProcessId) {
         self.programs.remove_target(id.tgid);
+        self.governing.forget(id);
         self.sampler.forget(&self.programs, id.tgid);
         self.code.forget(id);
         self.symbols.forget(id);
