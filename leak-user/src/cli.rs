@@ -155,7 +155,7 @@ pub struct TraceFlags {
     )]
     pub sample: String,
 
-    /// Share of its processor time (of one processor, if it takes less) that tracing may cost each process, or off [default: 5; for
+    /// Share of its processor time (of one processor, if it takes less and there is time to spare) that tracing may cost each process, or off [default: 5; for
     /// the whole system 2 % of one processor, shared]
     #[arg(
         long,

@@ -279,7 +279,7 @@ pub struct Process {
 /// What tracing costs a process, and how it is watched for that.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Overhead {
-    /// How much it may cost, and of what: of the processor time of the `process`, or of one processor if it takes less; or of one
+    /// How much it may cost, and of what: of the processor time of the `process`, or of one processor if it takes less and there is time to spare; or of one
     /// `processor`, which all traced processes share.
     pub budget_percent: f64,
     pub of: String,

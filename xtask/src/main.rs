@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod overhead;
 mod process;
 mod run;
 mod setup;
@@ -41,6 +42,8 @@ enum Task {
     },
     /// Measure what tracing costs a busy process, beside empty programs and bcc's memleak
     Bench(bench::Options),
+    /// See whether budgets of overhead are kept, beside a twin that is not traced
+    Overhead(overhead::Options),
     /// Run the end-to-end suite on every supported kernel, in emulated machines
     Vm(vm::Options),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Lint => test::lint().map(|()| ExitCode::SUCCESS),
         Task::Test { filters } => test::test(&filters),
         Task::Bench(options) => bench::bench(&options),
+        Task::Overhead(options) => overhead::overhead(&options).map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::vm(&options),
     };
     outcome.unwrap_or_else(|error| {

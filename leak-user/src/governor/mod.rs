@@ -267,7 +267,7 @@ impl Governor {
 
     /// Takes in how the process is, and says if it should be watched in another way from now on.
     pub fn look(&mut self, look: Look) -> Option<Level> {
-        let Some(last) = self.last.replace(look) else { return None };
+        let last = self.last.replace(look)?;
         let since = |a: u64, b: u64| a.saturating_sub(b);
         let hits = Hits {
             entries: since(look.hits.entries, last.hits.entries),
@@ -296,11 +296,10 @@ impl Governor {
             return None;
         }
         let decided = match self.level {
-            Level::Exact | Level::Sampled(_) if self.measured > self.limits.budget => self.tighten(look.time),
-            Level::Exact => None,
+            Level::Exact | Level::Sampled(_) if self.measured > self.limits.budget => Some(self.tighten(look.time)),
             Level::Sampled(_) => self.ease(look.time),
             Level::Windows(duty) => self.adjust(duty),
-            Level::Released => None,
+            Level::Exact | Level::Released => None,
         };
         if let Some((level, reason)) = decided {
             self.level = level;
@@ -331,7 +330,7 @@ impl Governor {
     }
 
     /// The budget is exceeded.
-    fn tighten(&mut self, time: f64) -> Option<(Level, String)> {
+    fn tighten(&mut self, time: f64) -> (Level, String) {
         if self.eased.is_some_and(|eased| time - eased < 3.0 * self.patience) {
             self.patience = (self.patience * 2.0).min(MOST_PATIENCE);
         }
@@ -345,7 +344,7 @@ impl Governor {
             let cost = self.sums.entries + self.followed() * self.sampled(bytes);
             if self.sums.share_at(cost) <= AIM * budget {
                 let reason = format!("tracing took {taken}, more than the budget of {}", percent(budget));
-                return Some((Level::Sampled(Interval::near(bytes)), reason));
+                return (Level::Sampled(Interval::near(bytes)), reason);
             }
             bytes *= 2;
         }
@@ -358,7 +357,7 @@ impl Governor {
         };
         // In a window all is followed.
         let in_window = self.sums.share_at(self.sums.entries + self.followed()).max(standing);
-        Some(Self::for_duty(AIM * budget / in_window.max(1e-9), why))
+        Self::for_duty(AIM * budget / in_window.max(1e-9), why)
     }
 
     fn for_duty(duty: f64, why: String) -> (Level, String) {
@@ -404,7 +403,7 @@ impl Governor {
 
     /// Another share of the time, where what windows cost is far from what they should.
     fn adjust(&mut self, duty: f64) -> Option<(Level, String)> {
-        let Some(plan) = self.plan() else { return None };
+        let plan = self.plan()?;
         if self.sums.windows < 4.0 || self.sums.seconds <= 0.0 || self.sums.reference <= 0.0 {
             return None;
         }

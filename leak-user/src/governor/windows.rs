@@ -141,7 +141,7 @@ struct Term {
 /// Watches one process.
 #[derive(Clone, Debug, Default)]
 pub struct Windows {
-    windows: Vec<Window>,
+    all: Vec<Window>,
     /// Blocks born in windows that are open, by address.
     young: HashMap<u64, Block>,
     survivors: HashMap<u64, Survivor>,
@@ -228,12 +228,12 @@ impl Windows {
     /// A window begins, by this plan.
     pub fn open(&mut self, time: u64, plan: Plan) {
         self.advance(time);
-        if self.windows.len() >= MAX_WINDOWS {
+        if self.all.len() >= MAX_WINDOWS {
             self.forget(MAX_WINDOWS / 2);
         }
         self.begin(time);
         self.opened = self.opened.wrapping_add(1);
-        self.windows.push(Window { start: time, plan, void: false, seen: HashMap::new() });
+        self.all.push(Window { start: time, plan, void: false, seen: HashMap::new() });
     }
 
     /// Watching begins, with a wait for the first window.
@@ -244,9 +244,9 @@ impl Windows {
     /// Forgets the oldest windows, and the survivors of these.
     fn forget(&mut self, oldest: usize) {
         let oldest = oldest.min(self.open);
-        self.windows.drain(..oldest);
+        self.all.drain(..oldest);
         self.open -= oldest;
-        self.since = self.windows.first().map(|window| window.start).or(self.since);
+        self.since = self.all.first().map(|window| window.start).or(self.since);
         self.survivors.retain(|_, survivor| {
             survivor.first = survivor.first.checked_sub(oldest as u32).unwrap_or(u32::MAX);
             survivor.first != u32::MAX
@@ -255,7 +255,7 @@ impl Windows {
 
     /// How many have ended of those that are remembered.
     pub fn count(&self) -> usize {
-        self.windows[..self.open].iter().filter(|window| !window.void).count()
+        self.all[..self.open].iter().filter(|window| !window.void).count()
     }
 
     pub fn counters(&self) -> Counters {
@@ -269,7 +269,7 @@ impl Windows {
 
     /// Closes the windows that have ended by this time: what is live of those born in their first halves are their survivors.
     pub fn advance(&mut self, time: u64) {
-        while let Some(window) = self.windows.get(self.open) {
+        while let Some(window) = self.all.get(self.open) {
             let end = window.start + window.plan.length;
             if end > time {
                 break;
@@ -278,7 +278,7 @@ impl Windows {
             self.open += 1;
             self.close(index, window.start, window.plan.length);
         }
-        if self.open == self.windows.len() {
+        if self.open == self.all.len() {
             self.young.clear();
         }
     }
@@ -293,7 +293,7 @@ impl Windows {
                 self.counters.no_room += 1;
                 continue;
             }
-            let seen = self.windows[index].seen.entry(block.stack).or_default();
+            let seen = self.all[index].seen.entry(block.stack).or_default();
             seen.bytes += block.size as f64;
             seen.blocks += 1.0;
             match self.survivors.entry(*addr) {
@@ -311,7 +311,7 @@ impl Windows {
     /// A block was allocated.
     pub fn alloc(&mut self, time: u64, addr: u64, size: u64, stack: StackId) {
         self.advance(time);
-        if self.open == self.windows.len() {
+        if self.open == self.all.len() {
             return;
         }
         if self.survivors.remove(&addr).is_some() {
@@ -325,7 +325,7 @@ impl Windows {
     /// A block was released; the stack and size that it had, if it is known.
     pub fn free(&mut self, time: u64, addr: u64) {
         self.advance(time);
-        let open = self.windows.len() - self.open;
+        let open = self.all.len() - self.open;
         if open == 0 {
             return;
         }
@@ -336,14 +336,14 @@ impl Windows {
             total.freed_bytes = total.freed_bytes.saturating_add(block.size);
         }
         let Some(Survivor { block, first, windows }) = survivor else { return };
-        let Some(plan) = self.windows.last().map(|window| window.plan) else { return };
+        let Some(plan) = self.all.last().map(|window| window.plan) else { return };
         let weight = open as f64 / plan.releases();
         // Windows are told apart by the number of the last that is open, from one on.
         let now = self.opened;
         // Each of its windows sees the release once for each window that is open now. None of them is its own: those have
         // ended.
         for index in first..first + windows {
-            let Some(window) = self.windows.get_mut(index as usize) else { continue };
+            let Some(window) = self.all.get_mut(index as usize) else { continue };
             let seen = window.seen.entry(block.stack).or_default();
             seen.freed_bytes += weight * block.size as f64;
             seen.freed_blocks += weight;
@@ -356,17 +356,17 @@ impl Windows {
 
     /// Something of the open windows was lost: they do not count.
     pub fn lose(&mut self) {
-        for window in &mut self.windows[self.open..] {
+        for window in &mut self.all[self.open..] {
             window.seen.clear();
             window.void = true;
         }
         self.young.clear();
-        self.open = self.windows.len();
+        self.open = self.all.len();
     }
 
     /// What is thought of each stack that left survivors.
     pub fn estimates(&self) -> HashMap<StackId, Estimate> {
-        let closed = &self.windows[..self.open];
+        let closed = &self.all[..self.open];
         let all = self.count() as f64;
         // What was lost of windows that do not count was as much as the others saw.
         let whole = if all > 0.0 { closed.len() as f64 / all } else { 1.0 };
@@ -612,7 +612,7 @@ mod tests {
     fn windows_are_bounded() {
         let plan = Plan { length: 100, rate: 1e7 };
         let mut windows = Windows::default();
-        for index in 0..MAX_WINDOWS as u64 + 1 {
+        for index in 0..=MAX_WINDOWS as u64 {
             let start = index * 1000;
             windows.open(start, plan);
             windows.alloc(start + 10, 16 * (index + 1), 100, index % 2);

@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use leak_common::Hits;
 use leak_common::sampling::Interval;
+use procfs::CurrentSI as _;
 
 use super::Run;
 use super::target::Target;
@@ -38,6 +38,8 @@ struct Governed {
     changed: Instant,
     watching: Option<Watching>,
     reference_ns: f64,
+    /// The host's idle time when it was read last, nanoseconds.
+    idle_ns: f64,
 }
 
 /// A process that is watched in windows.
@@ -103,6 +105,7 @@ impl Governing {
             changed: Instant::now(),
             watching: None,
             reference_ns: 0.0,
+            idle_ns: idle().unwrap_or(0.0),
         });
     }
 
@@ -173,12 +176,17 @@ fn processor_clock(pid: u32) -> Option<libc::clockid_t> {
     (unsafe { libc::clock_getcpuclockid(pid as i32, &raw mut clock) } == 0).then_some(clock)
 }
 
+/// For how long the host's processors were idle, all together, in nanoseconds since it was started; whole ticks.
+fn idle() -> Option<f64> {
+    procfs::KernelStats::current().ok().map(|stats| stats.total.idle_ms() as f64 * 1e6)
+}
+
 /// Nanoseconds of a clock.
 fn read(clock: libc::clockid_t) -> Option<f64> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: room for the result.
     let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
-    (result == 0).then(|| time.tv_sec as f64 * 1e9 + time.tv_nsec as f64)
+    (result == 0).then_some(time.tv_sec as f64 * 1e9 + time.tv_nsec as f64)
 }
 
 impl Run<'_> {
@@ -242,12 +250,17 @@ impl Run<'_> {
         let tgid = process.id.tgid;
         let cpu_ns = process.clock.and_then(read).unwrap_or(process.cpu_ns);
         let budget = self.governing.budget?;
-        // Of a budget of one processor each process gets the same part. What takes less than one has time to spare, and its budget is
-        // that share of one: otherwise whatever rests most of the time could not be followed, though nothing waits for it.
-        process.reference_ns +=
-            if budget.of_processor { seconds * 1e9 / shared } else { (cpu_ns - process.cpu_ns).max(seconds * 1e9) };
+        let (taken, idle_ns) = (cpu_ns - process.cpu_ns, idle().unwrap_or(process.idle_ns));
+        // Of a budget of one processor each process gets the same part. A process that takes less than one while the host has time to
+        // spare has that share of one: otherwise whatever rests most of the time could not be followed, though nothing waits for it.
+        process.reference_ns += if budget.of_processor {
+            seconds * 1e9 / shared
+        } else {
+            taken + (seconds * 1e9 - taken).clamp(0.0, (idle_ns - process.idle_ns).max(0.0))
+        };
+        process.idle_ns = idle_ns;
         process.cpu_ns = cpu_ns;
-        let hits = self.programs.hits(tgid).unwrap_or(Hits::default());
+        let hits = self.programs.hits(tgid).unwrap_or_default();
         // While everything is followed, each return is an allocation.
         let is_exact = self.sampler.interval(tgid).is_exact() && process.watching.is_none();
         let mean_size = (is_exact && hits.returns > 0).then(|| {
