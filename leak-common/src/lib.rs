@@ -113,6 +113,9 @@ pub mod op {
     /// No function: a page fault, for a page that the process did not have.
     pub const FAULT: u8 = 15;
 
+    /// The breakpoint is one that the kernel single-steps, which costs many times as much. Only in cookies.
+    pub const STEPPED: u8 = 0x80;
+
     /// All arguments come one later, because the first names a heap (mimalloc's `mi_heap_calloc` and the like).
     pub const SHIFTED: u8 = 0x40;
 
@@ -335,6 +338,20 @@ pub struct PageKey {
     pub stack: u64,
 }
 const _: () = assert!(size_of::<PageKey>() == 16);
+
+/// How often a traced process hit breakpoints, in an element of a map that user space has mapped. Threads add to it now and then.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    /// Entries of functions, whether or not anything was recorded.
+    pub entries: u64,
+    /// Returns of functions.
+    pub returns: u64,
+    /// Those of the entries that were single-stepped.
+    pub stepped: u64,
+    pub reserved: u64,
+}
+const _: () = assert!(size_of::<Hits>() == 32);
 
 /// How the kernel side's jiffies become nanoseconds of `CLOCK_MONOTONIC`: jiffies * tick + offset, modulo 2^64.
 #[repr(C)]

@@ -7,7 +7,7 @@ use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
 use leak_common::ring::{MARGIN, MAX_RECORD, Positions, RING_SIZE};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
-use leak_common::{Clock, Missed, PageKey, counter};
+use leak_common::{Clock, Hits, Missed, PageKey, counter};
 
 use crate::thread::Thread;
 
@@ -32,6 +32,10 @@ pub static TARGETS: HashMap<u32, Target> = HashMap::with_max_entries(4096, 0);
 /// load and no call, and mapped by user space, so that it changes by a store.
 #[map]
 pub static SAMPLINGS: Array<u64> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
+
+/// How often each traced process hit breakpoints, at the place of its word in [`SAMPLINGS`].
+#[map]
+pub static HITS: Array<Hits> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
 
 /// Sampled blocks that are live, with the time of their allocation. Where frees are filtered, a free of any other address is nothing
 /// to user space.

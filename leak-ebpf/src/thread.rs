@@ -10,7 +10,9 @@ use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
 use leak_common::counter;
 use leak_common::sampling::{Interval, Sampling};
 
-use crate::maps::{OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, count, has_loop, sampling_at, sampling_of};
+use crate::maps::{
+    HITS, OWNERS, SLOT_COUNT, SLOTS, THREAD_INIT, THREADS, atomic_add, count, has_loop, sampling_at, sampling_of,
+};
 use crate::returns;
 use crate::stack::Walk;
 
@@ -54,6 +56,11 @@ pub struct Thread {
     /// Stack pointer at the entry of the last call whose return nobody waits for, and where it returns to; zero if there is none.
     pub skipped_sp: u64,
     pub skipped_caller: u64,
+    /// Hits of breakpoints that are not in [`HITS`] yet: entries, returns, and those of the entries that were single-stepped.
+    pub entries: u32,
+    pub returns: u32,
+    pub stepped: u32,
+    pub reserved: u32,
     /// Where the breakpoint of free stood last. This, and what is known of allocation functions, a session program would have to
     /// ask the kernel for, at the price of a call each.
     pub free_pc: u64,
@@ -89,6 +96,9 @@ pub struct Known {
 /// own, and drawn for a second time.
 pub const QUIET: u32 = 64;
 pub const NESTS: u32 = u32::MAX;
+
+/// So many entries of a thread are counted together: a load and a store each, instead of an atomic addition to what all threads share.
+const COUNTED_AT_ONCE: u32 = 64;
 
 /// A mapping system call between its entry and its exit.
 #[repr(C)]
@@ -210,11 +220,35 @@ impl Thread {
         self.call.number = 0;
         self.countdown_interval = 0;
         self.skipped_sp = 0;
+        self.entries = 0;
+        self.returns = 0;
+        self.stepped = 0;
         self.free_pc = 0;
         for known in &mut self.known {
             known.pc = 0;
         }
         self.walk.forget();
+    }
+
+    /// Counts the hit of a breakpoint at a function's entry.
+    #[inline(always)]
+    pub fn entered(&mut self) {
+        self.entries = self.entries.wrapping_add(1);
+        if self.entries >= COUNTED_AT_ONCE {
+            self.count_hits();
+        }
+    }
+
+    #[inline(never)]
+    fn count_hits(&mut self) -> u64 {
+        let sampling = self.process_sampling();
+        if sampling.tgid() == self.tgid {
+            add_hits(self.sampling, self.entries, self.returns, self.stepped);
+        }
+        self.entries = 0;
+        self.returns = 0;
+        self.stepped = 0;
+        0
     }
 
     /// Whether a call entered at `sp` is made inside the recorded one.
@@ -326,6 +360,19 @@ impl Thread {
     pub fn skip(&mut self, sp: u64) {
         self.skipped_caller = caller(sp);
         self.skipped_sp = sp;
+    }
+}
+
+/// Adds to the hits of the process whose settings stand at this place.
+#[inline(always)]
+pub fn add_hits(place: u32, entries: u32, returns: u32, stepped: u32) {
+    if let Some(hits) = HITS.get_ptr_mut(place) {
+        // SAFETY: a valid map value.
+        let (to_entries, to_returns, to_stepped) =
+            unsafe { (&raw mut (*hits).entries, &raw mut (*hits).returns, &raw mut (*hits).stepped) };
+        atomic_add(to_entries, u64::from(entries));
+        atomic_add(to_returns, u64::from(returns));
+        atomic_add(to_stepped, u64::from(stepped));
     }
 }
 

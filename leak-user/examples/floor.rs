@@ -28,7 +28,7 @@ fn main() -> Result<()> {
         eprintln!("empty programs for mapping calls at {}", hook.name());
     }
     for file in &files {
-        let points = file.points.iter().map(|point| Point { shape: point.op(), offset: point.offset }).collect();
+        let points = file.points.iter().map(Point::from).collect();
         let places = Places { file: file.path_for_attach(), points };
         probes.push(floor.attach(pid, &places, returns)?);
         eprintln!("{} empty probes in {} ({:?} links)", places.points.len(), file.path.display(), floor.kind());

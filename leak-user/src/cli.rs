@@ -155,8 +155,16 @@ pub struct TraceFlags {
     )]
     pub sample: String,
 
-    /// Share of the traced processes' time that tracing may cost
-    #[arg(long, value_name = "PERCENT", allow_hyphen_values = true, help_heading = "What is followed")]
+    /// Share of its processor time (of one processor, if it takes less and there is time to spare) that tracing may cost each process, or off [default: 5; for
+    /// the whole system 2 % of one processor, shared]
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        env = "LEAKTRACE_MAX_OVERHEAD",
+        hide_env_values = true,
+        allow_hyphen_values = true,
+        help_heading = "What is followed"
+    )]
     pub max_overhead: Option<String>,
 
     /// Leave out allocations below this size, such as 4096, 64K, 1MiB

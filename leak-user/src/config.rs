@@ -47,6 +47,8 @@ pub struct Config {
     pub sampling: Sampling,
     /// What comes after it, one at each SIGUSR1.
     pub resample: Vec<Sampling>,
+    /// How much tracing may cost; `None`: whatever it does.
+    pub max_overhead: Option<Overhead>,
     /// Bytes; smaller allocations are left out in the kernel.
     pub min_size: u64,
     /// Bytes; larger allocations are left out in the kernel. Not below `min_size`.
@@ -109,6 +111,18 @@ impl Sampling {
     }
 }
 
+/// How much tracing may cost the traced processes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Overhead {
+    /// From 0.0001 to 1.
+    pub share: f64,
+    /// Of one processor, for all processes together; otherwise of each process's own time, or of one processor if that is more.
+    pub of_processor: bool,
+}
+
+// Never NaN.
+impl Eq for Overhead {}
+
 /// How call stacks are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unwind {
@@ -141,10 +155,6 @@ impl UsageError {
     fn value(option: &str, value: &str, accepted: impl std::fmt::Display) -> Self {
         Self(format!("invalid value '{}' for '{option}': {accepted}", value.escape_debug()))
     }
-
-    fn not_yet(option: &str, instead: &str) -> Self {
-        Self(format!("'{option}' is not in this version: {instead}"))
-    }
 }
 
 impl Invocation {
@@ -171,19 +181,18 @@ impl Config {
                 format_args!("must not be below --min-size {}", flags.min_size.as_deref().unwrap_or_default()),
             ));
         }
-        if let Some(percent) = &flags.max_overhead {
-            return Err(max_overhead(percent));
-        }
         let resample = flags.resample.iter().map(|value| sampling(value)).collect::<Result<_, _>>()?;
         let sampling = sampling(&flags.sample)?;
         let kernel_memory = memory("--kernel-memory", &flags.kernel_memory, KERNEL_MEMORY)?;
+        let target = target(&flags.pids, flags.command, selected, flags.all)?;
         let output = flags.output.map(|path| file("--output", path)).transpose()?;
         let record = flags.record.map(|path| file("--record", path)).transpose()?;
         if output.is_some() && output == record {
             return Err(UsageError("'--output' and '--record' name the same file".to_owned()));
         }
         Ok(Self {
-            target: target(&flags.pids, flags.command, selected, flags.all)?,
+            max_overhead: max_overhead(flags.max_overhead.as_deref(), &target)?,
+            target,
             duration: flags.duration.map(|value| time("--duration", &value, DURATIONS)).transpose()?,
             interval: time("--interval", &flags.interval, INTERVALS)?,
             format: flags.format,
@@ -398,13 +407,24 @@ fn sampling(value: &str) -> Result<Sampling, UsageError> {
     }
 }
 
-fn max_overhead(value: &str) -> UsageError {
-    let percent = value.trim().trim_end_matches('%').trim_end().parse::<f64>();
-    if percent.is_ok_and(|percent| percent > 0.0 && percent <= 100.0) {
-        UsageError::not_yet(&format!("--max-overhead {value}"), "leave it out; end tracing early with '--duration'")
-    } else {
-        UsageError::value("--max-overhead", value, "must be a percentage above 0 and up to 100")
-    }
+/// The budget; `None` without one. By default a share of the time of what was named, and for the whole system of one processor.
+fn max_overhead(value: Option<&str>, target: &Target) -> Result<Option<Overhead>, UsageError> {
+    let of_processor = matches!(target, Target::System { .. });
+    let percent = match value.map(str::trim) {
+        Some("off") => return Ok(None),
+        None if of_processor => 2.0,
+        None => 5.0,
+        Some(value) => value
+            .trim_end_matches('%')
+            .trim_end()
+            .parse::<f64>()
+            .ok()
+            .filter(|percent| (0.01..=100.0).contains(percent))
+            .ok_or_else(|| {
+                UsageError::value("--max-overhead", value, "must be a percentage from 0.01 to 100, such as 5, or off")
+            })?,
+    };
+    Ok(Some(Overhead { share: percent / 100.0, of_processor }))
 }
 
 fn file(option: &str, path: PathBuf) -> Result<PathBuf, UsageError> {
@@ -468,6 +488,7 @@ mod tests {
                 top: 10,
                 sampling: Sampling::Auto,
                 resample: Vec::new(),
+                max_overhead: Some(Overhead { share: 0.05, of_processor: false }),
                 min_size: 0,
                 max_size: u64::MAX,
                 older_than: Duration::ZERO,
@@ -572,9 +593,9 @@ mod tests {
             (&["--top", "10001"], "--top", "'10001'", "10000"),
             (&["--sample", "some"], "--sample", "'some'", "exact"),
             (&["--sample", "0"], "--sample", "'0'", "exact"),
-            (&["--max-overhead", "0"], "--max-overhead", "'0'", "above 0"),
-            (&["--max-overhead", "nan"], "--max-overhead", "'nan'", "above 0"),
-            (&["--max-overhead", "101"], "--max-overhead", "'101'", "up to 100"),
+            (&["--max-overhead", "0"], "--max-overhead", "'0'", "from 0.01"),
+            (&["--max-overhead", "nan"], "--max-overhead", "'nan'", "from 0.01"),
+            (&["--max-overhead", "101"], "--max-overhead", "'101'", "0.01 to 100"),
             (&["--kernel-memory", "4MiB"], "--kernel-memory", "'4MiB'", "16384KiB"),
             (&["--kernel-memory", "16MiB", "--unwind-memory", "9MiB"], "--unwind-memory", "'9MiB'", "half"),
             (&["--max-memory", "1MiB"], "--max-memory", "'1MiB'", "65536KiB"),
@@ -656,12 +677,20 @@ mod tests {
         }
     }
 
-    /// An option whose feature does not exist yet says so instead of doing nothing.
+    /// The budget of what was named is a share of its time, that of the system a share of a processor; and it can be left out.
     #[test]
-    fn what_is_not_in_this_version() {
-        let args = ["--max-overhead", "2%"];
-        let text = check(&[args[0], args[1], "-p", "7"]).unwrap_err().to_string();
-        assert!(text.contains("not in this version") && text.contains(args[0]) && text.contains(args[1]), "{text}");
+    fn overheads() {
+        let of = |args: &[&str]| config(args).max_overhead;
+        assert_eq!(of(&["-p", "7"]), Some(Overhead { share: 0.05, of_processor: false }));
+        assert_eq!(of(&["--", "true"]), Some(Overhead { share: 0.05, of_processor: false }));
+        assert_eq!(of(&[]), Some(Overhead { share: 0.02, of_processor: true }));
+        assert_eq!(of(&["--max-overhead", "10 %"]), Some(Overhead { share: 0.1, of_processor: true }));
+        assert_eq!(of(&["--max-overhead", "0.5", "-p", "7"]), Some(Overhead { share: 0.005, of_processor: false }));
+        assert_eq!(of(&["--max-overhead", "off", "-p", "7"]), None);
+        for value in ["0", "-3", "101", "much", "", "NaN", "5 percent"] {
+            let text = check(&[&format!("--max-overhead={value}"), "-p", "7"]).unwrap_err().to_string();
+            assert!(text.contains("--max-overhead") && text.contains("from 0.01 to 100, such as 5, or off"), "{text}");
+        }
     }
 
     /// Every way to say how many allocations are followed; sizes as everywhere, within bounds.

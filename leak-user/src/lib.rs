@@ -14,6 +14,8 @@
 //! - [`report`]: what was found; the only thing that views and exporters read;
 //! - [`view`]: text, terminal and JSON.
 //!
+//! [`governor`] keeps what that costs a process within a budget.
+//!
 //! [`scout`] watches processes that are not traced, and decides who is worth it.
 //!
 //! [`privileges`] gives up what rights are no longer needed.
@@ -27,6 +29,7 @@ pub mod decode;
 pub mod detect;
 pub mod discover;
 pub mod doctor;
+pub mod governor;
 pub mod labels;
 pub mod ledger;
 pub mod losses;

@@ -319,6 +319,9 @@ pub struct Process {
     /// Mean bytes between samples at the time of the report; `null`: every allocation is followed.
     #[serde(default)]
     pub interval_bytes: Option<u64>,
+    /// What tracing costs it, and what is done to keep that within the budget; `null` without a budget.
+    #[serde(default)]
+    pub overhead: Option<Overhead>,
     /// Bytes allocated while traced and not freed.
     pub live_bytes: u64,
     pub live_count: u64,
@@ -346,6 +349,25 @@ pub struct Process {
     pub growing_bytes_per_s: Option<f64>,
     /// Worst first, see [`Report::sort`].
     pub stacks: Vec<Stack>,
+}
+
+/// What tracing costs a process, and how it is watched for that.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Overhead {
+    /// How much it may cost, and of what: of the processor time of the `process`, or of one processor if it takes less and there is time to spare; or of one
+    /// `processor`, which all traced processes share.
+    pub budget_percent: f64,
+    pub of: String,
+    /// How much it costs now: hits of breakpoints, by what a hit costs on this host.
+    pub measured_percent: f64,
+    /// The share of the time in which breakpoints stand; 1 unless it is watched in windows, or not any more.
+    pub duty: f64,
+    /// Mean bytes between samples; `null`: every allocation is followed while breakpoints stand.
+    pub interval_bytes: Option<u64>,
+    /// `exact`, `sampled`, `windows` or `released`.
+    pub state: String,
+    /// Why it is in this state.
+    pub reason: String,
 }
 
 /// Verdict on a process.
@@ -417,6 +439,10 @@ pub struct Stack {
     pub allocated_bytes_ci95: Option<[u64; 2]>,
     #[serde(default)]
     pub freed_bytes_ci95: Option<[u64; 2]>,
+    /// Whether what it holds is estimated from short windows in which the process is watched: then all of this is of the time since
+    /// the first window, and what was allocated before is not known.
+    #[serde(default)]
+    pub by_windows: bool,
     /// Age of the oldest live block, seconds.
     pub oldest_age_s: Option<f64>,
     pub growth: Growth,

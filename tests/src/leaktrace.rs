@@ -17,6 +17,9 @@ use crate::{PATIENCE, target_dir};
 /// Names the binary to test. Without it the one of this profile is built first.
 pub const BINARY_VARIABLE: &str = "LEAKTRACE_BIN";
 
+/// Stands for `--max-overhead` where that is not given.
+const BUDGET_VARIABLE: &str = "LEAKTRACE_MAX_OVERHEAD";
+
 /// A leaktrace command line.
 pub struct Leaktrace {
     command: Command,
@@ -24,13 +27,23 @@ pub struct Leaktrace {
 
 impl Leaktrace {
     pub fn new() -> Result<Self> {
-        Ok(Self { command: Command::new(binary()?) }.piped())
+        let mut command = Command::new(binary()?);
+        // Fixtures allocate as fast as they can, and most tests want to see all of it.
+        command.env(BUDGET_VARIABLE, "off");
+        Ok(Self { command }.piped())
     }
 
     /// Reads its output here: to be called again where the command was replaced.
     #[must_use]
     pub fn piped(mut self) -> Self {
         self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self
+    }
+
+    /// Within a budget of overhead, in percent.
+    #[must_use]
+    pub fn budget(mut self, percent: &str) -> Self {
+        self.command.env(BUDGET_VARIABLE, percent);
         self
     }
 

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod overhead;
 mod process;
 mod run;
 mod setup;
@@ -44,6 +45,8 @@ enum Task {
     Bench(bench::Options),
     /// Make what a production host brings happen to leaktrace, and see that nothing is lost silently or falsely found
     Soak(soak::Options),
+    /// See whether budgets of overhead are kept, beside a twin that is not traced
+    Overhead(overhead::Options),
     /// Run the end-to-end suite on every supported kernel, in emulated machines
     Vm(vm::Options),
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Task::Test { filters } => test::test(&filters),
         Task::Bench(options) => bench::bench(&options),
         Task::Soak(options) => soak::soak(&options),
+        Task::Overhead(options) => overhead::overhead(&options).map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::vm(&options),
     };
     outcome.unwrap_or_else(|error| {

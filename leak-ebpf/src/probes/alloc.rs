@@ -20,7 +20,7 @@ use crate::probes::control;
 use crate::regs::{self, Frame};
 use crate::returns;
 use crate::stack::{self, For};
-use crate::thread::{Ids, Known, Thread, UNSAMPLED, current, ids, new};
+use crate::thread::{Ids, Known, Thread, UNSAMPLED, add_hits, current, ids, new};
 
 /// What a session program answers at entry: run it at the return too, or not (`UPROBE_HANDLER_IGNORE`). As the result of
 /// any other kind of uprobe program 1 would mean "remove the breakpoint".
@@ -213,7 +213,10 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
         Some(thread) => thread.process_sampling(),
         // A thread that has only freed so far.
         None => match sampling_of(ids.tgid) {
-            Some((_, sampling)) => sampling,
+            Some((place, sampling)) => {
+                add_hits(place, 1, 0, 0);
+                sampling
+            }
             None => return,
         },
     };
@@ -225,6 +228,7 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
 /// Records how the allocation ended.
 #[inline(always)]
 fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
+    thread.returns = thread.returns.wrapping_add(1);
     if thread.sp.wrapping_add(regs::RETURN_POPS) != frame.sp || thread.sp == 0 {
         // Below the recorded call it is the return of a nested one, whose entry was not recorded on purpose.
         if frame.sp > thread.sp.wrapping_add(regs::RETURN_POPS) {
@@ -359,6 +363,12 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, (ids, se
         // SAFETY: the context of this program.
         unsafe { bpf_get_func_ip(ctx.as_ptr()) };
     }
+    let mut thread = thread;
+    if let Some(thread) = &mut thread {
+        thread.stepped += u32::from(shape & op::STEPPED != 0);
+        thread.entered();
+    }
+    let shape = shape & !op::STEPPED;
     if shape == op::FREE {
         free(thread, ids, frame, argument(ctx, 0));
         return NO_RETURN;
@@ -414,6 +424,7 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
             return leave(thread, ids, frame);
         }
         if frame.pc == thread.free_pc {
+            thread.entered();
             free(Some(thread), ids, frame, argument(&ctx, 0));
             return NO_RETURN;
         }

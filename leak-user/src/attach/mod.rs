@@ -12,6 +12,7 @@ mod ranges;
 mod samplings;
 mod sizes;
 mod sys;
+mod trap;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
@@ -27,10 +28,10 @@ use aya_obj::Object;
 use btf::Btf;
 use close::close_all;
 pub use floor::Floor;
-use leak_common::op;
 use leak_common::ring::MAX_RECORD;
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
+use leak_common::{Hits, op};
 use pages::Pages;
 use ranges::{Ranges, Rows};
 use samplings::Samplings;
@@ -39,7 +40,9 @@ use sizes::{Definition, MAP_FLAGS, MAP_VALUE_SIZE, Wanted};
 use sys::Hook;
 pub use sys::{LinkSupport, RunTime, UprobeKind};
 pub(crate) use sys::{lookup_and_delete, recursion_misses};
+pub use trap::TrapCosts;
 
+use crate::discover::ProbePoint;
 use crate::ring::page_size;
 
 /// The BPF object, built by this crate's build script.
@@ -208,6 +211,20 @@ pub struct Point {
     pub shape: u8,
     /// Offset in the file of the instruction that the breakpoint replaces.
     pub offset: u64,
+    /// Whether the kernel single-steps that instruction, as far as is known, instead of emulating it.
+    pub stepped: bool,
+}
+
+impl Point {
+    fn cookie(&self) -> u8 {
+        self.shape | if self.stepped { op::STEPPED } else { 0 }
+    }
+}
+
+impl From<&ProbePoint> for Point {
+    fn from(point: &ProbePoint) -> Self {
+        Self { shape: point.op(), offset: point.offset, stepped: !point.placement.reason.is_emulated() }
+    }
 }
 
 /// The probes in one file for one process; they are removed when this is dropped.
@@ -379,7 +396,9 @@ impl Programs {
         let epochs = BpfHashMap::try_from(take_map(&mut ebpf, "EPOCHS")?)?;
         let rows = Rows(elements::Elements::take(take_map(&mut ebpf, "ROWS")?)?);
         let ranges = Ranges::new(elements::Elements::take(take_map(&mut ebpf, "RANGES")?)?);
-        let samplings = Samplings::take(take_map(&mut ebpf, "SAMPLINGS")?, take_map(&mut ebpf, "ADDRESSES")?)?;
+        let samplings = ["SAMPLINGS", "HITS", "ADDRESSES"].map(|name| take_map(&mut ebpf, name));
+        let [words, hits, sampled] = samplings;
+        let samplings = Samplings::take(words?, hits?, sampled?)?;
         let clock = ClockSync::new(&mut ebpf)?;
         let mut programs = Self {
             ebpf,
@@ -600,6 +619,11 @@ impl Programs {
         self.samplings.get(tgid)
     }
 
+    /// How often a traced process hit our breakpoints.
+    pub fn hits(&self, tgid: u32) -> Option<Hits> {
+        self.samplings.hits(tgid)
+    }
+
     /// Adds blocks of a process to those whose frees are sent. An error where not all of them have room.
     pub fn keep_addresses(&self, tgid: u32, addresses: &[u64], time: u64) -> std::io::Result<()> {
         self.samplings.keep(tgid, addresses, time)
@@ -645,7 +669,7 @@ impl Programs {
         for (name, at_return) in programs {
             let points = places.points.iter().filter(|point| !at_return || point.shape != op::FREE);
             let (offsets, cookies): (Vec<u64>, Vec<u64>) =
-                points.map(|point| (point.offset, u64::from(point.shape))).unzip();
+                points.map(|point| (point.offset, u64::from(point.cookie()))).unzip();
             if offsets.is_empty() {
                 continue;
             }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Map, MapData};
+use leak_common::Hits;
 use leak_common::sampling::{Address, Interval, Sampling};
 use nix::sys::mman::ProtFlags;
 
@@ -19,25 +20,28 @@ const AT_ONCE: usize = 4096;
 
 pub struct Samplings {
     words: Mapping,
+    hits: Mapping,
     /// Where each process's word stands.
     places: HashMap<u32, u32>,
     capacity: u32,
     addresses: MapData,
     /// How many addresses there is room for.
     most: u32,
-    _map: MapData,
+    _maps: [MapData; 2],
 }
 
 impl Samplings {
-    pub fn take(words: Map, addresses: Map) -> Result<Self> {
-        let (Map::Array(map), Map::HashMap(addresses)) = (words, addresses) else {
+    pub fn take(words: Map, hits: Map, addresses: Map) -> Result<Self> {
+        let (Map::Array(map), Map::Array(hits_map), Map::HashMap(addresses)) = (words, hits, addresses) else {
             bail!("the maps of settings are of other types");
         };
         let capacity = map.info()?.max_entries();
         let most = addresses.info()?.max_entries();
         let length = capacity as usize * size_of::<u64>();
         let words = Mapping::new(map.fd().as_fd(), length, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        Ok(Self { words, places: HashMap::new(), capacity, addresses, most, _map: map })
+        let length = capacity.min(hits_map.info()?.max_entries()) as usize * size_of::<Hits>();
+        let hits = Mapping::new(hits_map.fd().as_fd(), length, 0, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        Ok(Self { words, hits, places: HashMap::new(), capacity, addresses, most, _maps: [map, hits_map] })
     }
 
     fn word(&self, place: u32) -> &AtomicU64 {
@@ -53,6 +57,9 @@ impl Samplings {
         let free = |place: &u32| self.word(*place).load(Ordering::Relaxed) == 0;
         let place =
             (0..self.capacity).find(free).ok_or_else(|| io::Error::other("there is no room for so many processes"))?;
+        for hits in self.hit_words(place) {
+            hits.store(0, Ordering::Relaxed);
+        }
         self.word(place).store(Sampling::new(tgid, Interval::EXACT, false).0, Ordering::Release);
         self.places.insert(tgid, place);
         Ok(place)
@@ -67,6 +74,18 @@ impl Samplings {
 
     pub fn get(&self, tgid: u32) -> Option<Sampling> {
         self.places.get(&tgid).map(|place| Sampling(self.word(*place).load(Ordering::Relaxed)))
+    }
+
+    /// The words of a [`Hits`].
+    fn hit_words(&self, place: u32) -> [&AtomicU64; 3] {
+        [0, 1, 2].map(|word| self.hits.word_at(place as usize * (size_of::<Hits>() / size_of::<u64>()) + word))
+    }
+
+    /// How often the process hit breakpoints since it is traced. Each of its threads keeps up to 64 entries back.
+    pub fn hits(&self, tgid: u32) -> Option<Hits> {
+        let place = *self.places.get(&tgid)?;
+        let [entries, returns, stepped] = self.hit_words(place).map(|word| word.load(Ordering::Relaxed));
+        Some(Hits { entries, returns, stepped, reserved: 0 })
     }
 
     /// The process is no longer traced.

@@ -51,6 +51,7 @@ mod stats;
 pub use process::{Hint, ProcessJudgement, ProcessVerdict, Sample, StackSummary, judge_process};
 pub use stack::{Evidence, Growth, Judgement, MIN_WATCH, Verdict, judge};
 pub use stats::around;
+pub(crate) use stats::normal_below;
 
 #[cfg(test)]
 mod sampled_tests;

@@ -2,7 +2,7 @@
 //! tells the tracer of the few that ask for something to be done. It never waits for anybody: while a report is being
 //! made, the ring is still emptied.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::BufWriter;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +14,10 @@ use anyhow::{Context as _, Result};
 use leak_common::counter;
 use tokio::sync::mpsc;
 
+use super::windowed::Windowed;
 use crate::decode::{Event, StackEnd, StackId, What, decode};
-use crate::ledger::Ledger;
+use crate::governor::windows::Plan;
+use crate::ledger::{Ledger, ProcessLedger};
 use crate::losses::{Doubt, Losses, Missed, MissedWhat, monotonic_now};
 use crate::privileges::Keep;
 use crate::process::ProcessId;
@@ -79,6 +81,8 @@ pub struct Core {
     pub probes_dropped: u64,
     /// Processes whose children are traced too; those become such themselves.
     followed: HashSet<u32>,
+    /// Processes that are watched in windows: their heap is not in the ledger.
+    windowed: HashMap<u32, Windowed>,
     ring: Ring,
     recording: Option<recording::Writer<BufWriter<File>>>,
     /// Why the recording ended early.
@@ -106,6 +110,7 @@ impl Core {
             notices_dropped: 0,
             probes_dropped: 0,
             followed: HashSet::new(),
+            windowed: HashMap::new(),
             ring,
             recording,
             recording_error: None,
@@ -128,8 +133,43 @@ impl Core {
         self.followed.insert(tgid);
     }
 
+    /// From `time` on this process is watched in windows. What the ledger holds of its heap is of before, and stays as it is.
+    pub fn watch_in_windows(&mut self, tgid: u32, time: u64) {
+        self.collect();
+        let stacks = self.ledger.process(tgid).into_iter().flat_map(ProcessLedger::stacks);
+        self.windowed.insert(tgid, Windowed::new(time, stacks));
+    }
+
+    pub fn is_watched_in_windows(&self, tgid: u32) -> bool {
+        self.windowed.contains_key(&tgid)
+    }
+
+    /// What is known of a process by windows, if it is watched so.
+    pub fn windowed(&self, tgid: u32) -> Option<&Windowed> {
+        self.windowed.get(&tgid)
+    }
+
+    /// All breakpoints of a process stand, and a window begins.
+    pub fn open_window(&mut self, tgid: u32, time: u64, plan: Plan) {
+        if let Some(windowed) = self.windowed.get_mut(&tgid) {
+            windowed.open(time, plan);
+        }
+    }
+
+    /// The windows of a process have ended by this time; to be called while its breakpoints still stand.
+    pub fn close_windows(&mut self, tgid: u32, time: u64) {
+        // With the counters: what was lost in this window has to be known before it counts.
+        let lost = self.take_lost();
+        self.drain(self.ring.end());
+        self.apply_lost(lost);
+        if let Some(windowed) = self.windowed.get_mut(&tgid) {
+            windowed.advance(time);
+        }
+    }
+
     /// Forgets a process that is no longer traced.
     pub fn forget(&mut self, tgid: u32) {
+        self.windowed.remove(&tgid);
         self.followed.remove(&tgid);
         self.tell(Entry::RemoveProcess { tgid });
     }
@@ -169,6 +209,14 @@ impl Core {
 
     fn apply_lost(&mut self, lost: Lost) {
         for Missed { tgid, what, time } in lost.missed {
+            if let Some(windowed) = self.windowed.get_mut(&tgid) {
+                match what {
+                    MissedWhat::Free { addr } => windowed.missed_free(time, addr),
+                    // Its block stays pending, and is taken for freed.
+                    MissedWhat::ReallocEnd { .. } => {}
+                }
+                continue;
+            }
             self.tell(match what {
                 MissedWhat::Free { addr } => Entry::MissedFree { tgid, addr, time },
                 MissedWhat::ReallocEnd { tid } => Entry::MissedReallocEnd { tgid, tid, time },
@@ -176,9 +224,13 @@ impl Core {
         }
         let time = monotonic_now();
         match lost.doubt {
-            Doubt::All => self.tell(Entry::Distrust { time }),
+            Doubt::All => {
+                self.windowed.values_mut().for_each(Windowed::lose);
+                self.tell(Entry::Distrust { time });
+            }
             Doubt::Of(processes) => {
                 for tgid in processes {
+                    self.windowed.get_mut(&tgid).into_iter().for_each(Windowed::lose);
                     self.tell(Entry::DistrustProcess { tgid, time });
                 }
             }
@@ -211,8 +263,18 @@ impl Core {
     }
 
     fn drain(&mut self, end: u64) {
-        let Self { ring, ledger, recording, recording_error, notices, undecodable, notices_dropped, followed, .. } =
-            self;
+        let Self {
+            ring,
+            ledger,
+            recording,
+            recording_error,
+            notices,
+            undecodable,
+            notices_dropped,
+            followed,
+            windowed,
+            ..
+        } = self;
         let mut tell = |notice: Notice| *notices_dropped += u64::from(notices.try_send(notice).is_err());
         self.records += ring.drain(end, |batch| {
             let mut decoded: Vec<Event<'_>> = Vec::with_capacity(batch.len());
@@ -225,6 +287,13 @@ impl Core {
                 if let Some(notice) = notice(&event) {
                     tell(notice);
                 }
+                let event = match windowed.get_mut(&event.tgid) {
+                    None => event,
+                    Some(windowed) => match windowed.take(event) {
+                        Some(event) => event,
+                        None => continue,
+                    },
+                };
                 decoded.push(event);
                 if let What::Fork { child, time, .. } = event.what
                     && followed.contains(&event.tgid)

@@ -7,12 +7,14 @@
 mod code;
 mod collector;
 mod follow;
+mod governing;
 mod host;
 mod pages;
 mod sampler;
 mod summary;
 mod system;
 mod target;
+mod windowed;
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -33,6 +35,7 @@ use tokio::time::MissedTickBehavior;
 use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
+use self::governing::Governing;
 use self::pages::Pages;
 use self::sampler::Sampler;
 use self::summary::{Moment, Snapshot};
@@ -164,6 +167,7 @@ struct Run<'a> {
     sampling: Sampling,
     /// How many of [`Config::resample`] have been gone on to.
     resampled: usize,
+    governing: Governing,
     command: Option<Spawned>,
     host: report::Host,
     started_at: jiff::Timestamp,
@@ -245,6 +249,7 @@ impl<'a> Run<'a> {
             sampler: Sampler::default(),
             sampling: config.sampling,
             resampled: 0,
+            governing: Governing::start(config),
             command: None,
             host: host::host(),
             started_at: jiff::Timestamp::now(),
@@ -295,6 +300,7 @@ impl<'a> Run<'a> {
         if let Some(interval) = self.sampling.interval().filter(|interval| !interval.is_exact()) {
             self.sampler.set(&self.programs, id.tgid, interval);
         }
+        self.governing.add(id);
         let attached = self.attach_allocators(&mut target, required);
         if target.notice_end() {
             // It ended while it was being attached to: the report says so.
@@ -363,6 +369,7 @@ impl<'a> Run<'a> {
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
+                () = tokio::time::sleep(self.governing.next().unwrap_or(TICK)) => {}
                 _ = stop.changed() => return Ok(Ended::Interrupted),
             }
             if *stop.borrow() {
@@ -376,6 +383,7 @@ impl<'a> Run<'a> {
             self.tend_system();
             self.resample(resampled.swap(0, Ordering::Relaxed));
             self.sampler.tend(&self.programs, &self.collector);
+            self.govern();
             self.sample_within_memory();
             let now = Instant::now();
             if now.duration_since(sampled) >= SAMPLE_EVERY {
@@ -463,7 +471,7 @@ impl<'a> Run<'a> {
         let before = self.sampler.interval(tgid);
         let interval = Interval::near((before.bytes() * 4).max(mean.saturating_mul(8)));
         log::info!("pid {tgid}: sampled once in {} bytes, to stay within --max-memory", interval.bytes());
-        self.sampler.set(&self.programs, tgid, interval);
+        self.sampler.set_least(&self.programs, tgid, interval);
         self.widened = Some(Instant::now());
         self.widenings += 1;
     }
@@ -524,12 +532,16 @@ impl<'a> Run<'a> {
                         {
                             log::warn!("pid {tgid} executed a new program and cannot be traced on: {error:#}");
                         }
+                        if self.governing.keeps_out(target.id()) {
+                            crate::attach::detach(target.detach());
+                        }
                     }
                 }
             }
         }
         for target in self.targets.iter_mut().filter(|target| mapped.contains(&target.id().tgid)) {
-            refresh(target, &mut self.code, &mut self.programs, self.config);
+            let probed = !self.governing.keeps_out(target.id());
+            refresh(target, &mut self.code, &mut self.programs, self.config.resources.heap && probed);
         }
         self.code.tend(&mut self.programs);
     }
@@ -544,8 +556,8 @@ impl<'a> Run<'a> {
     /// Goes on by other threads where those by which processes are traced have ended; without `all` only in processes whose
     /// first thread is known to have.
     fn follow_threads(&mut self, all: bool) {
-        let Self { targets, symbols, programs, collector, .. } = self;
-        let targets = targets.iter_mut().filter(|target| target.ended.is_none());
+        let Self { targets, symbols, programs, collector, governing, .. } = self;
+        let targets = targets.iter_mut().filter(|target| target.ended.is_none() && !governing.keeps_out(target.id()));
         for target in targets.filter(|target| all || target.process.leader_has_ended() || target.leader_ended) {
             target.leader_ended = false;
             let followed = target.follow_threads(programs);
@@ -574,7 +586,8 @@ impl<'a> Run<'a> {
         }
         self.follow_threads(true);
         for target in self.targets.iter_mut().filter(|target| target.ended.is_none()) {
-            refresh(target, &mut self.code, &mut self.programs, self.config);
+            let probed = !self.governing.keeps_out(target.id());
+            refresh(target, &mut self.code, &mut self.programs, self.config.resources.heap && probed);
         }
     }
 
@@ -648,6 +661,7 @@ impl<'a> Run<'a> {
         for process in &mut report.processes {
             let interval = self.sampler.interval(process.pid);
             process.interval_bytes = (!interval.is_exact()).then(|| interval.bytes());
+            process.overhead = self.governing.report(process.pid, interval);
         }
         report.memory = report::Memory {
             kernel_bytes: self.programs.kernel_bytes(),
@@ -692,12 +706,12 @@ impl<'a> Run<'a> {
 }
 
 /// Attaches to what a process has mapped since the last time.
-fn refresh(target: &mut Target, code: &mut Code, programs: &mut Programs, config: &Config) {
+fn refresh(target: &mut Target, code: &mut Code, programs: &mut Programs, heap: bool) {
     // Its tables first, so that the new code's first allocation has its stack.
     if let Err(error) = code.refresh(programs, target.id(), target.process.through()) {
         log::debug!("pid {}: its code cannot be looked at: {error:#}", target.id().tgid);
     }
-    if config.resources.heap
+    if heap
         && let Err(error) = target.attach_new(programs)
         && !target.notice_end()
     {

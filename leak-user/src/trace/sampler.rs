@@ -40,8 +40,24 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 struct Process {
     tgid: u32,
+    /// In force: the longer of the two below.
     interval: Interval,
+    asked: Interval,
+    /// What keeps its blocks within the memory that may be taken.
+    least: Interval,
     state: State,
+}
+
+impl Process {
+    fn new(tgid: u32) -> Self {
+        Self { tgid, interval: Interval::EXACT, asked: Interval::EXACT, least: Interval::EXACT, state: State::Exact }
+    }
+
+    fn apply(&mut self, programs: &Programs) {
+        self.interval = self.asked.max(self.least);
+        self.state = next(self.state, self.interval, Instant::now());
+        programs.set_sampling(self.tgid, self.interval, self.state == State::Filtered);
+    }
 }
 
 /// The traced processes' sampling.
@@ -51,17 +67,27 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// From now on a process that is traced is sampled with this interval, or exactly. This is what whoever looks after the overhead
-    /// calls; it may do so at any time, and it costs a store.
+    /// From now on a process that is traced is sampled with this interval, or exactly, unless its memory asks for a longer one. This
+    /// is what whoever looks after the overhead calls; it may do so at any time, and it costs a store.
     pub fn set(&mut self, programs: &Programs, tgid: u32, interval: Interval) {
+        let process = self.process(tgid);
+        process.asked = interval;
+        process.apply(programs);
+    }
+
+    /// From now on a process is sampled with no shorter interval than this.
+    pub fn set_least(&mut self, programs: &Programs, tgid: u32, interval: Interval) {
+        let process = self.process(tgid);
+        process.least = interval;
+        process.apply(programs);
+    }
+
+    fn process(&mut self, tgid: u32) -> &mut Process {
         let index = self.processes.iter().position(|process| process.tgid == tgid).unwrap_or_else(|| {
-            self.processes.push(Process { tgid, interval: Interval::EXACT, state: State::Exact });
+            self.processes.push(Process::new(tgid));
             self.processes.len() - 1
         });
-        let process = &mut self.processes[index];
-        process.state = next(process.state, interval, Instant::now());
-        process.interval = interval;
-        programs.set_sampling(tgid, interval, process.state == State::Filtered);
+        &mut self.processes[index]
     }
 
     /// Does what has become due; to be called often.

@@ -7,9 +7,11 @@ use leak_common::op;
 
 use super::collector::Core;
 use super::target::Target;
+use super::windowed::Windowed;
 use crate::config::Config;
 use crate::decode::{self, StackId};
-use crate::detect::{self, Judgement, ProcessVerdict, StackSummary, Verdict};
+use crate::detect::{self, Evidence, Growth, Judgement, ProcessVerdict, Sample, StackSummary, Verdict};
+use crate::governor::windows::MIN_WINDOWS;
 use crate::ledger::history::{BASE_WINDOW_NS, History, Window};
 use crate::ledger::{Counters, Resource, Sampled, SampledTotals, Stack, Total};
 use crate::report;
@@ -48,6 +50,7 @@ struct Judged {
     oldest_age_s: Option<f64>,
     /// The part of what it allocated that is known for certain, 0 to 1.
     certain: f64,
+    by_windows: bool,
     series: Vec<(f64, u64)>,
 }
 
@@ -61,6 +64,8 @@ struct JudgedProcess {
     growing_bytes_per_s: f64,
     affected_by_loss: bool,
     summaries: Vec<StackSummary>,
+    /// Whether the heap is estimated from windows.
+    by_windows: bool,
     /// Those that will be listed.
     stacks: Vec<Judged>,
 }
@@ -102,10 +107,22 @@ impl Snapshot {
             .map(|process| {
                 let live = Live { total: process.live(), sampled: process.sampled().live };
                 let stacks = process.stacks().filter(|stack| is_wanted(stack, config));
+                let tgid = process.tgid();
                 let doubted = process.distrusted().count > 0 || process.was_distrusted();
-                let mut judged = judge(stacks, now, since_start, live, seen, config);
+                let Some(windowed) = core.windowed(tgid) else {
+                    let mut judged = judge(stacks, now, since_start, live, seen, config);
+                    judged.affected_by_loss |= doubted;
+                    return (tgid, judged);
+                };
+                // What the ledger holds of the heap is of before.
+                let stacks = stacks.filter(|stack| stack.resource != Resource::Heap);
+                let nothing = Live { total: Total::default(), sampled: Sampled::default() };
+                let mut judged = judge(stacks, now, since_start, nothing, seen, config);
                 judged.affected_by_loss |= doubted;
-                (process.tgid(), judged)
+                if config.resources.heap {
+                    judged.add_windows(windowed, moment.now, config);
+                }
+                (tgid, judged)
             })
             .collect();
         Self {
@@ -170,8 +187,8 @@ impl Snapshot {
     /// What is thought of one process.
     pub fn verdict(&self, target: &Target) -> ProcessVerdict {
         let judged = self.processes.iter().find(|(of, _)| *of == target.id().tgid);
-        let summaries = judged.map_or(&[][..], |(_, judged)| &judged.summaries);
-        detect::judge_process(&target.samples, summaries, None).verdict
+        let summaries = judged.map_or_else(Vec::new, |(_, judged)| judged.agreed(&target.samples).0);
+        detect::judge_process(&target.samples, &summaries, None).verdict
     }
 
     /// The report's entry of one process.
@@ -179,6 +196,13 @@ impl Snapshot {
         let tgid = target.id().tgid;
         let mut judged = self.processes.iter_mut().find(|(of, _)| *of == tgid).map(|(_, judged)| judged);
         let limit = target.memory_limit.as_ref().map(crate::process::MemoryLimit::bytes);
+        if let Some(judged) = &mut judged {
+            let (summaries, agrees) = judged.agreed(&target.samples);
+            judged.summaries = summaries;
+            if !agrees {
+                judged.retract();
+            }
+        }
         let summaries = judged.as_ref().map_or(&[][..], |judged| &judged.summaries);
         let verdict = detect::judge_process(&target.samples, summaries, limit);
         let stacks = judged.as_mut().map_or_else(Vec::new, |judged| std::mem::take(&mut judged.stacks));
@@ -204,6 +228,7 @@ impl Snapshot {
             live_bytes: judged.as_ref().map_or(0, |judged| judged.live_bytes),
             live_count: judged.as_ref().map_or(0, |judged| judged.live_count),
             interval_bytes: None,
+            overhead: None,
             live_bytes_ci95: judged.as_ref().and_then(|judged| bytes_ci95(judged.live_bytes, &judged.sampled)),
             live_count_ci95: judged.as_ref().and_then(|judged| count_ci95(judged.live_count, &judged.sampled)),
             rss: report::Rss {
@@ -227,6 +252,96 @@ impl Snapshot {
                 .filter(|judged| judged.growing_stacks > 0)
                 .map(|judged| judged.growing_bytes_per_s),
             stacks,
+        }
+    }
+}
+
+impl JudgedProcess {
+    /// Adds the heap as it is estimated from windows.
+    fn add_windows(&mut self, windowed: &Windowed, now: u64, config: &Config) {
+        let seconds = windowed.seconds(now);
+        let watched = seconds >= f64::from(detect::MIN_WATCH) && windowed.count() >= MIN_WINDOWS;
+        let mut heap = windowed.estimates();
+        heap.sort_by(|(a, ea, ..), (b, eb, ..)| eb.bytes.total_cmp(&ea.bytes).then_with(|| a.cmp(b)));
+        self.by_windows = true;
+        for (rank, (id, estimate, seen, sent)) in heap.into_iter().enumerate() {
+            let grows = watched && estimate.grows();
+            let verdict = match (watched, grows) {
+                (false, _) => Verdict::Warming,
+                (true, true) => Verdict::Growing,
+                (true, false) if estimate.waits() => Verdict::Warming,
+                (true, false) => Verdict::Stable,
+            };
+            let (low, high) = estimate.bytes_ci95();
+            let growth = grows.then(|| Growth {
+                bytes_per_s: estimate.bytes / seconds,
+                ci95: (low / seconds, high / seconds),
+                confidence: 1.0 - estimate.chance(),
+                windows: estimate.windows,
+                window_s: 1,
+            });
+            let judgement = Judgement { verdict, growth, evidence: Evidence::default() };
+            let (bytes, blocks) = (estimate.bytes.max(0.0), estimate.blocks.max(0.0));
+            self.summaries.push(StackSummary::new(&judgement, bytes as u64, bytes as u64));
+            self.growing_stacks += u64::from(grows);
+            self.growing_bytes_per_s += growth.map_or(0.0, |growth| growth.bytes_per_s);
+            self.live_bytes += bytes as u64;
+            self.live_count += blocks as u64;
+            let live = Sampled {
+                seen: u64::from(estimate.windows),
+                bytes,
+                bytes_variance: estimate.bytes_error.powi(2),
+                count: blocks,
+                count_variance: estimate.blocks_error.powi(2),
+            };
+            self.sampled = self.sampled.and(&live);
+            if rank >= config.top.max(LISTED) {
+                continue;
+            }
+            self.stacks_seen += u64::from(bytes > 0.0);
+            self.stacks.push(Judged {
+                id,
+                resource: Resource::Heap,
+                op: sent.map_or(0, |sent| sent.op),
+                frames: sent.map_or_else(Vec::new, |sent| sent.frames.to_vec()),
+                end: sent.map_or(decode::StackEnd::Unknown, |sent| sent.end),
+                by_frame_pointers: sent.is_some_and(|sent| sent.by_frame_pointers),
+                judgement,
+                live_bytes: bytes as u64,
+                live_count: blocks as u64,
+                allocated_bytes: seen.allocated_bytes,
+                freed_bytes: seen.freed_bytes,
+                sampled: SampledTotals { live, ..SampledTotals::default() },
+                oldest_age_s: None,
+                // What a window lost is not part of it.
+                certain: 1.0,
+                by_windows: true,
+                series: Vec::new(),
+            });
+        }
+    }
+
+    /// The stacks, as far as the resident set agrees, and whether it does. In a window the process is slowed down, parts of it more
+    /// than others: were its releases delayed beyond the window, and its allocations not, all would seem to pile up. What really does is
+    /// seen in the resident set sooner or later, with nothing to slow that down.
+    fn agreed(&self, samples: &[Sample]) -> (Vec<StackSummary>, bool) {
+        let rises = || detect::judge_process(samples, &[], None).explained_growth_ratio.is_some();
+        if !self.by_windows || rises() {
+            return (self.summaries.clone(), true);
+        }
+        let waits = |summary: &StackSummary| match summary.verdict {
+            Verdict::Growing => StackSummary { verdict: Verdict::Warming, growth_bytes_per_s: 0.0, ..*summary },
+            _ => *summary,
+        };
+        (self.summaries.iter().map(waits).collect(), false)
+    }
+
+    /// Growth that the resident set does not confirm is not called so.
+    fn retract(&mut self) {
+        self.growing_stacks = 0;
+        self.growing_bytes_per_s = 0.0;
+        for stack in self.stacks.iter_mut().filter(|stack| stack.judgement.verdict == Verdict::Growing) {
+            stack.judgement = Judgement { verdict: Verdict::Warming, growth: None, ..stack.judgement };
         }
     }
 }
@@ -297,6 +412,7 @@ fn judge<'a>(
         growing_bytes_per_s,
         affected_by_loss: seen < 1.0,
         summaries,
+        by_windows: false,
         stacks: listed,
     }
 }
@@ -332,6 +448,7 @@ impl Judged {
             freed_bytes: history.freed_bytes(),
             sampled: history.sampled(),
             certain: seen * (1.0 - (stack.doubted_bytes as f64 / allocated).min(1.0)),
+            by_windows: false,
             oldest_age_s: history.oldest_birth().map(|birth| f64::from(now.saturating_sub(birth)) * window_s),
             series: history
                 .series()
@@ -364,6 +481,7 @@ impl Judged {
             live_count_ci95: count_ci95(self.live_count, &self.sampled.live),
             allocated_bytes_ci95: bytes_ci95(self.allocated_bytes, &self.sampled.allocated),
             freed_bytes_ci95: bytes_ci95(self.freed_bytes, &self.sampled.freed),
+            by_windows: self.by_windows,
             oldest_age_s: self.oldest_age_s,
             growth: self.judgement.growth.map_or_else(report::Growth::default, |growth| report::Growth {
                 bytes_per_s: Some(growth.bytes_per_s),

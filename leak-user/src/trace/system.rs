@@ -290,6 +290,7 @@ impl Run<'_> {
         self.programs.forget_pages(id.tgid);
         self.pages.let_go(id);
         self.programs.remove_target(id.tgid);
+        self.governing.forget(id);
         self.sampler.forget(&self.programs, id.tgid);
         self.code.forget(id);
         self.symbols.forget(id);

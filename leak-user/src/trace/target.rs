@@ -32,7 +32,7 @@ impl Traced {
 }
 
 fn places(file: &AllocatorFile) -> Places {
-    let points = file.points.iter().map(|point| Point { shape: point.op(), offset: point.offset }).collect();
+    let points = file.points.iter().map(Point::from).collect();
     Places { file: file.path_for_attach(), points }
 }
 
@@ -191,6 +191,21 @@ impl Target {
             }
         }
         Ok(())
+    }
+
+    /// Puts the probes back that [`Self::detach`] removed.
+    pub fn attach_again(&mut self, programs: &Programs) -> Result<()> {
+        let (tgid, through, leader) = (self.id().tgid, self.process.through(), !self.process.leader_has_ended());
+        for traced in self.files.values_mut() {
+            let places = traced.places();
+            (traced.probes, traced.held) = if leader {
+                (programs.attach(tgid, &places)?, Probes::default())
+            } else {
+                programs.attach_through(tgid, through, &places)?
+            };
+        }
+        // What it has mapped meanwhile.
+        self.attach_new(programs)
     }
 
     /// Removes all probes.

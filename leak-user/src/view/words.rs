@@ -2,7 +2,7 @@
 
 use super::names::{culprit, function};
 use super::units::{Rate, about, bytes, duration, estimated_bytes, estimated_plural, plural, rate};
-use crate::report::{Ended, Process, ProcessEnd, Reason, Report, Resource, Stack, StackEnd, StackVerdict, Verdict};
+use crate::report::{Ended, Overhead, Process, ProcessEnd, Reason, Report, Resource, Stack, StackEnd, StackVerdict, Verdict};
 
 /// Counters that tell of what the target did, not of anything lost.
 const NO_LOSS: &[&str] = &["calls_nested", "allocations_failed"];
@@ -91,6 +91,9 @@ pub fn remarks(process: &Process) -> Vec<String> {
             "Something was lost (see above): what may have been freed unseen is left out, and it is less sure what grows.".to_owned(),
         );
     }
+    if let Some(overhead) = process.overhead.as_ref().filter(|overhead| overhead.state != "exact") {
+        remarks.push(self::overhead(overhead));
+    }
     if let Some(reason) = &process.reason {
         remarks.push(format!("Traced because {}.", self::reason(reason)));
     }
@@ -116,6 +119,18 @@ pub fn reason(reason: &Reason) -> String {
         Reason::All => "all are traced".to_owned(),
         Reason::Untraceable { error } => format!("it cannot be traced: {}", super::safe(error)),
     }
+}
+
+/// How a process is watched for the sake of its time, and why.
+fn overhead(overhead: &Overhead) -> String {
+    let how = match overhead.state.as_str() {
+        "windows" => format!("Watched for {:.1} % of the time, and estimated", overhead.duty * 100.0),
+        "released" => "Not watched any more".to_owned(),
+        _ => "Sampled".to_owned(),
+    };
+    let of = if overhead.of == "processor" { "a processor" } else { "its time" };
+    let taken = overhead.measured_percent;
+    format!("{how}: {}. Tracing takes {taken:.2} % of {of} now.", super::safe(&overhead.reason))
 }
 
 fn status(end: &ProcessEnd) -> String {

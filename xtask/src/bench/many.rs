@@ -90,7 +90,7 @@ fn attached(tools: &Tools, deep: &Path, processes: usize) -> Result<Attached> {
     let count = || pids.iter().map(|pid| host::breakpoints(*pid)).sum::<Result<usize>>();
     let last = *pids.last().context("at least one process")?;
     let mut command = Command::new(&tools.leaktrace);
-    command.args(["--sample", "exact", "--format", "json", "-p", &list]);
+    command.args(["--max-overhead", "off", "--sample", "exact", "--format", "json", "-p", &list]);
     let start = Instant::now();
     let mut tracer = Ended(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
     // Processes are attached to in their order. To look into all of them each time would take longer than attaching does.

@@ -146,6 +146,9 @@ impl Tools {
                     _ => "exact",
                 };
                 command.args(["--sample", sample, "--format", "json", "-p", &pid_text]);
+                if row != Row::Auto {
+                    command.args(["--max-overhead", "off"]);
+                }
                 match row {
                     Row::HeapOnly => command.args(["--resource", "heap"]),
                     Row::FramePointers => command.args(["--unwind", "fp"]),
