@@ -242,6 +242,8 @@ pub enum Format {
     Json,
     /// One document a line, each interval
     Jsonl,
+    /// A profile of the live memory for `go tool pprof` and the like, at the end; binary, so to a file or pipe
+    Pprof,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]

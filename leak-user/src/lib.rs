@@ -12,6 +12,7 @@
 //! - [`detect`]: turns a call stack's history into a verdict with evidence;
 //! - [`symbols`]: names for addresses, asked for only what is reported;
 //! - [`report`]: what was found; the only thing that views and exporters read;
+//! - [`export`]: the report in the formats of other tools;
 //! - [`view`]: text, terminal and JSON.
 //!
 //! [`governor`] keeps what that costs a process within a budget.
@@ -29,6 +30,7 @@ pub mod decode;
 pub mod detect;
 pub mod discover;
 pub mod doctor;
+pub mod export;
 pub mod governor;
 pub mod labels;
 pub mod ledger;

@@ -428,6 +428,9 @@ pub struct Stack {
     pub live_count: u64,
     /// Bytes allocated since the start of tracing.
     pub allocated_bytes: u64,
+    /// Blocks allocated since the start of tracing, an estimate where they are sampled; older reports do not have it.
+    #[serde(default)]
+    pub allocated_count: Option<u64>,
     /// Bytes of these that were freed again.
     pub freed_bytes: u64,
     /// 95 % intervals of these four, where they are estimated from samples.

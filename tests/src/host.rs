@@ -67,7 +67,15 @@ pub fn find(program: &str) -> Option<PathBuf> {
     // Debian keeps postgres's programs in a folder for each version.
     let versions =
         fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
-    let folders = system.into_iter().chain(env::split_paths(&path)).chain(versions);
+    // Go's helpers are with each Go, and only `go tool` knows where.
+    let go = fs::read_dir("/usr/lib")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|folder| folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("go-")));
+    let go = go.flat_map(|folder| ["amd64", "arm64"].map(|arch| folder.join(format!("pkg/tool/linux_{arch}"))));
+    let folders = system.into_iter().chain(env::split_paths(&path)).chain(versions).chain(go);
     folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 

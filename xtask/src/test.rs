@@ -21,7 +21,7 @@ use crate::vm::Machines;
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
-const SYSTEM_PROGRAMS: [(&str, &str); 12] = [
+const SYSTEM_PROGRAMS: [(&str, &str); 13] = [
     ("c++", "g++"),
     ("python3", "python3"),
     ("sqlite3", "sqlite3"),
@@ -35,13 +35,15 @@ const SYSTEM_PROGRAMS: [(&str, &str); 12] = [
     ("readelf", "binutils"),
     ("musl-gcc", "musl-tools"),
     ("xz", "xz-utils"),
+    ("pprof", "golang-go"),
 ];
 
-/// The same for libraries that programs are linked with.
-const SYSTEM_LIBRARIES: [(&str, &str); 3] = [
+/// The same for libraries that programs are linked with, and one that Python reads.
+const SYSTEM_LIBRARIES: [(&str, &str); 4] = [
     ("libjemalloc.so", "libjemalloc-dev"),
     ("libtcmalloc_minimal.so", "libgoogle-perftools-dev"),
     ("libmimalloc.so", "libmimalloc-dev"),
+    ("python3/dist-packages/prometheus_client/openmetrics/parser.py", "python3-prometheus-client"),
 ];
 
 /// What Debian's packages ask whether they may start the service that they bring; 101 forbids it.

@@ -113,6 +113,7 @@ pub struct History {
     live_bytes: u64,
     live_count: u64,
     allocated_bytes: u64,
+    allocated_count: u64,
     freed_bytes: u64,
     /// The fewest live bytes so far in the window of each level that is still open.
     floor: [u64; LEVELS],
@@ -144,6 +145,7 @@ impl History {
             live_bytes: 0,
             live_count: 0,
             allocated_bytes: 0,
+            allocated_count: 0,
             freed_bytes: 0,
             floor: [0; LEVELS],
             peak: (0, now),
@@ -190,6 +192,7 @@ impl History {
         // A program can map and unmap terabytes that it never touches, often enough to overflow even these.
         self.live_bytes = self.live_bytes.saturating_add(bytes);
         self.allocated_bytes = self.allocated_bytes.saturating_add(bytes);
+        self.allocated_count += 1;
         self.live_count += 1;
         let slot = self.slot(birth);
         self.bytes[slot] = self.bytes[slot].saturating_add(bytes);
@@ -405,6 +408,12 @@ impl History {
     /// What of the totals is estimated.
     pub fn sampled(&self) -> SampledTotals {
         self.sampled.as_deref().copied().unwrap_or_default()
+    }
+
+    /// Blocks ever allocated, those that realloc carried over counted again, with what sampled ones stand for.
+    pub fn allocated_count(&self) -> u64 {
+        let sampled = self.sampled().allocated;
+        self.allocated_count.saturating_sub(sampled.seen).saturating_add(sampled.count.round() as u64)
     }
 
     /// Bytes ever allocated.

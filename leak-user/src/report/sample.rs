@@ -53,6 +53,7 @@ fn stack(id: &str, verdict: StackVerdict, series: impl Iterator<Item = u64>, mut
         live_bytes,
         live_count: live_bytes / 512,
         allocated_bytes: live_bytes * 3,
+        allocated_count: Some(live_bytes / 512 * 3),
         freed_bytes: live_bytes * 2,
         live_bytes_ci95: None,
         live_count_ci95: None,

@@ -15,14 +15,16 @@ mod words;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 pub use compose::Look;
 pub use live::{Input, LiveView, LogSink};
+pub(crate) use names::culprit;
 pub use safe::{safe, safe_bytes};
 pub use units::{bytes, duration, rate};
 
 use crate::config::{Config, Format, Target};
+use crate::export::pprof;
 use crate::report::Report;
 use file::ReportFile;
 
@@ -66,6 +68,9 @@ impl Output {
         let terminal = stdout.is_terminal();
         let alone = !matches!(config.target, Target::Command(_));
         let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+        if config.format == Format::Pprof && config.output.is_none() && terminal {
+            bail!("a profile is binary and does not go to a terminal: name a file by '-o FILE'");
+        }
         let sink = if let Some(path) = &config.output {
             Sink::File(ReportFile::create(path)?)
         } else if config.format == Format::Text && terminal && alone && !dumb && io::stdin().is_terminal() {
@@ -134,6 +139,7 @@ impl Output {
                     }
                     Format::Json => json::write_pretty(&mut file, report),
                     Format::Jsonl => json::write_line(&mut file, report),
+                    Format::Pprof => pprof::write(&mut file, report),
                 }
                 .with_context(|| file.what_failed())?;
                 file.finish()?;
@@ -151,6 +157,7 @@ impl Output {
                 Format::Text => write_text(&mut out, report, self.top, terminal, self.written),
                 Format::Json => json::write_pretty(&mut out, report),
                 Format::Jsonl => json::write_line(&mut out, report),
+                Format::Pprof => pprof::write(&mut out, report),
             }
             .and_then(|()| out.flush()),
         )
