@@ -417,6 +417,7 @@ pub struct ProcessEnd {
 
 /// A call stack that allocates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the report of its own")]
 pub struct Stack {
     /// The same for the same return addresses of the same process; a string, since JSON numbers end at 2^53.
     pub id: String,
@@ -433,7 +434,7 @@ pub struct Stack {
     pub allocated_count: Option<u64>,
     /// Bytes of these that were freed again.
     pub freed_bytes: u64,
-    /// 95 % intervals of these four, where they are estimated from samples.
+    /// 95 % intervals of what is live, allocated and freed, where they are estimated from samples.
     #[serde(default)]
     pub live_bytes_ci95: Option<[u64; 2]>,
     #[serde(default)]

@@ -420,28 +420,34 @@ impl Programs {
             accounted,
             _walkers: walkers,
         };
-        programs.attach_tracepoints(&objects, &PROCESS_PROGRAMS)?;
+        programs.watch(&objects, btf.as_ref(), settings, has_loop)?;
+        programs.sync_clock();
+        Ok(programs)
+    }
+
+    /// Attaches what belongs to no allocator: processes, mapping calls and what else the settings ask for.
+    fn watch(&mut self, objects: &Objects, btf: Option<&Btf>, settings: &Settings, has_loop: bool) -> Result<()> {
+        self.attach_tracepoints(objects, &PROCESS_PROGRAMS)?;
         if settings.forks {
-            programs.attach_tracepoints(&objects, &FORK_PROGRAM)?;
+            self.attach_tracepoints(objects, &FORK_PROGRAM)?;
         }
         if settings.mappings {
             // Only programs at raw tracepoints can be followed by one of their type.
             let only = if has_loop { settings.mapping_hook } else { Some(MappingHook::Tracepoints) };
-            programs.watch_mappings(&objects, btf.as_ref(), only)?;
+            self.watch_mappings(objects, btf, only)?;
         }
         if settings.births {
-            programs.attach_tracepoints(&objects, &BIRTH_PROGRAMS)?;
-            programs.births = Some(BpfHashMap::try_from(take_map(&mut programs.ebpf, "BORN")?)?);
+            self.attach_tracepoints(objects, &BIRTH_PROGRAMS)?;
+            self.births = Some(BpfHashMap::try_from(take_map(&mut self.ebpf, "BORN")?)?);
         }
         if settings.pages && has_loop {
             // They are evidence: without them there is less of it.
-            match Pages::load(&objects, &mut programs.ebpf) {
-                Ok(pages) => programs.pages = Some(pages),
+            match Pages::load(objects, &mut self.ebpf) {
+                Ok(pages) => self.pages = Some(pages),
                 Err(error) => log::info!("page faults cannot be looked at: {error:#}"),
             }
         }
-        programs.sync_clock();
-        Ok(programs)
+        Ok(())
     }
 
     /// Processes that were started or have executed a program since the last time; bounded.

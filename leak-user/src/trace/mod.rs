@@ -46,7 +46,7 @@ use crate::cli::Feature;
 use crate::config::{Config, Sampling, Target as What, Unwind};
 use crate::discover::Files;
 use crate::doctor;
-use crate::ledger::{Config as LedgerConfig, Ledger};
+use crate::ledger::{Config as LedgerConfig, Ledger, ProcessLedger};
 use crate::losses::{Losses, monotonic_now};
 use crate::privileges::Keep;
 use crate::process::ProcessId;
@@ -458,12 +458,12 @@ impl<'a> Run<'a> {
             if core.ledger.live_blocks() < core.ledger.most_blocks() / 4 * 3 {
                 return;
             }
-            let live = |target: &Target| core.ledger.process(target.id().tgid).map_or(0, |process| process.blocks());
+            let live = |target: &Target| core.ledger.process(target.id().tgid).map_or(0, ProcessLedger::blocks);
             let running = self.targets.iter().filter(|target| target.ended.is_none());
             let Some(largest) = running.max_by_key(|target| live(target)).map(|target| target.id().tgid) else {
                 return;
             };
-            let total = core.ledger.process(largest).map(|process| process.live()).unwrap_or_default();
+            let total = core.ledger.process(largest).map(ProcessLedger::live).unwrap_or_default();
             (largest, total.bytes / total.count.max(1))
         };
         let (tgid, mean) = largest;

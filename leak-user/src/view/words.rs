@@ -2,7 +2,9 @@
 
 use super::names::{culprit, function};
 use super::units::{Rate, about, bytes, duration, estimated_bytes, estimated_plural, plural, rate};
-use crate::report::{Ended, Overhead, Process, ProcessEnd, Reason, Report, Resource, Stack, StackEnd, StackVerdict, Verdict};
+use crate::report::{
+    Ended, Overhead, Process, ProcessEnd, Reason, Report, Resource, Stack, StackEnd, StackVerdict, Verdict,
+};
 
 /// Counters that tell of what the target did, not of anything lost.
 const NO_LOSS: &[&str] = &["calls_nested", "allocations_failed"];
