@@ -299,7 +299,7 @@ mod tests {
         let stack = &process.stacks[0];
         let id = format!("stack=\"{}\",function=\"Session::remember(Order)\"", stable_id(stack));
         assert_eq!(one("leaktrace_stack_growth_bytes_per_second", &id), stack.growth.bytes_per_s.unwrap());
-        assert_eq!(one("leaktrace_losses_total", "reason=\"ring_full_alloc\""), 1204.0);
+        assert_eq!(one("leaktrace_losses_total", "reason=\"allocations_ring_full\""), 1204.0);
         assert_eq!(one("leaktrace_watched_processes", ""), 212.0);
         assert_eq!(one("leaktrace_events_total", ""), report.events as f64);
         assert!(one("leaktrace_agent_resident_memory_bytes", "") > 1e6);

@@ -436,7 +436,7 @@ mod tests {
             comments.contains(&"pid 1234 (orders): 77 live bytes in call stacks that are not listed"),
             "{comments:?}"
         );
-        assert!(comments.contains(&"lost: ring_full_alloc 1204"), "{comments:?}");
+        assert!(comments.contains(&"lost: allocations_ring_full 1204"), "{comments:?}");
     }
 
     /// The program is the first mapping, whether its path is known or only its name, and though a library's frame comes first.
