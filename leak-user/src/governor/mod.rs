@@ -411,7 +411,7 @@ impl Governor {
         let each = self.sums.cost() / self.sums.windows;
         let expected = each * plan.rate * self.sums.seconds / self.sums.reference;
         let wanted = duty * AIM * self.limits.budget / expected.max(1e-9);
-        let far = expected > self.limits.budget || wanted > 2.0 * duty;
+        let far = expected > self.limits.budget || wanted > 1.5 * duty;
         if !far || wanted >= MOST_DUTY && duty >= MOST_DUTY {
             return None;
         }
