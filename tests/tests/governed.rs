@@ -7,7 +7,7 @@ use leaktrace_tests::host::can_trace;
 use leaktrace_tests::{Fixture, Program, Session, has_frame, patience, stacks, summary};
 use serde_json::Value;
 
-/// Time for a verdict from windows of a fifth of the time: some 30 s where the machine is not busy with others.
+/// Time for a verdict from windows of some third of the time: about half a minute where the machine is not busy with others.
 const VERDICT: Duration = Duration::from_mins(3);
 
 /// A thread that churns as fast as it can, and a leak of two thousand blocks a second beside it.
@@ -36,7 +36,7 @@ fn leak_found_in_windows() -> Result<()> {
         return Ok(());
     }
     let fixture = hot()?;
-    let mut session = Session::start(&[fixture.pid()], &["--max-overhead", "20", "--interval", "1s"])?;
+    let mut session = Session::start(&[fixture.pid()], &["--max-overhead", "50", "--interval", "1s"])?;
     session.next_report(|report| state(report) == "windows", patience())?;
     let report = session.next_report(|report| stacks(report).any(grows), VERDICT)?;
     session.stop()?;
@@ -51,8 +51,8 @@ fn leak_found_in_windows() -> Result<()> {
     }
     let overhead = &report["processes"][0]["overhead"];
     let duty = overhead["duty"].as_f64().unwrap_or(1.0);
-    ensure!(duty < 0.6, "breakpoints stood all the time: {overhead}");
-    ensure!(overhead["budget_percent"] == 20.0 && overhead["of"] == "process", "{overhead}");
+    ensure!(duty < 0.8, "breakpoints stood all the time: {overhead}");
+    ensure!(overhead["budget_percent"] == 50.0 && overhead["of"] == "process", "{overhead}");
     Ok(())
 }
 

@@ -411,12 +411,13 @@ impl Governor {
         let each = self.sums.cost() / self.sums.windows;
         let expected = each * plan.rate * self.sums.seconds / self.sums.reference;
         let wanted = duty * AIM * self.limits.budget / expected.max(1e-9);
-        let far = expected > self.limits.budget || wanted > 2.0 * duty;
+        let far = expected > self.limits.budget || wanted > 1.5 * duty;
         if !far || wanted >= MOST_DUTY && duty >= MOST_DUTY {
             return None;
         }
-        // Not all at once: what a few windows took says little.
-        let next = wanted.clamp(duty / 2.0, duty * 1.5);
+        // Up not all at once: what a few windows took says little. Down at once: on a busy host it may be much more than was thought,
+        // because whoever removes the breakpoints has to wait for a processor.
+        let next = wanted.clamp(duty / 8.0, duty * 1.5);
         let why = format!("windows would take {}, of a budget of {}", percent(expected), percent(self.limits.budget));
         let decided = Self::for_duty(next, why);
         self.sums = Sums::default();
