@@ -259,7 +259,15 @@ fn privileges(facts: &Facts) -> Check {
         );
     }
     let remedy = "run with sudo, or grant CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE";
-    if facts.may_load() && facts.has("CAP_SYS_PTRACE") {
+    if facts.may_load() && facts.has("CAP_SYS_PTRACE") && !facts.has("CAP_SYS_ADMIN") {
+        // It is what the kernel asks for where a perf event places a breakpoint.
+        Check::new(
+            "privileges",
+            Status::Warn,
+            format!("{}: a process is not followed further when its first thread ends before others", held.join(", ")),
+            "grant CAP_SYS_ADMIN for that",
+        )
+    } else if facts.may_load() && facts.has("CAP_SYS_PTRACE") {
         Check::new("privileges", Status::Ok, held.join(", "), remedy)
     } else if held.is_empty() {
         Check::new("privileges", Status::Missing, "no permission to trace: no capability of those needed", remedy)

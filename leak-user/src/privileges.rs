@@ -31,13 +31,16 @@ pub enum Keep {
 impl Keep {
     fn wanted(self) -> Vec<Capability> {
         // bpf(2) asks for CAP_BPF whatever is done where unprivileged BPF is off (before 5.19 also to look into maps).
-        // CAP_CHECKPOINT_RESTORE is for `map_files`.
+        // CAP_CHECKPOINT_RESTORE is for `map_files`. CAP_SYS_ADMIN is what the kernel asks for to place a breakpoint by a perf event
+        // (`perf_uprobe_event_init` in kernel/events/core.c, tried on 6.18), which is how probes are kept in a process whose first
+        // thread ends, and how they are placed at all before 6.6.
         match self {
             Self::Tracing { writes, ends } => {
                 let mut wanted = vec![
                     Capability::CAP_BPF,
                     Capability::CAP_PERFMON,
                     Capability::CAP_SYS_PTRACE,
+                    Capability::CAP_SYS_ADMIN,
                     Capability::CAP_CHECKPOINT_RESTORE,
                     Capability::CAP_DAC_READ_SEARCH,
                 ];

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::lines::Lines;
 use crate::patience;
+use crate::start::start;
 
 /// How to start a fixture.
 pub struct Builder {
@@ -57,11 +58,7 @@ impl Builder {
     /// Starts it and waits until it is ready.
     pub fn start(mut self) -> Result<Fixture> {
         let program = self.command.get_program().to_owned();
-        let mut child = self
-            .command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
+        let mut child = start(self.command.stdin(Stdio::piped()).stdout(Stdio::piped()))
             .with_context(|| format!("failed to start {}", program.display()))?;
         let stdin = child.stdin.take();
         let output = Lines::of(child.stdout.take().context("failed to take the fixture's standard output")?);

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::host::{breakpoints, wait_until};
 use crate::lines::Lines;
+use crate::start::start;
 use crate::{PATIENCE, target_dir};
 
 /// Names the binary to test. Without it the one of this profile is built first.
@@ -77,7 +78,7 @@ impl Leaktrace {
 
     /// Starts it and goes on.
     pub fn spawn(mut self) -> Result<Running> {
-        let mut child = self.command.spawn().context("failed to start leaktrace")?;
+        let mut child = start(&mut self.command).context("failed to start leaktrace")?;
         let stdout = child.stdout.take().map(Lines::of);
         let stderr = Lines::of(child.stderr.take().context("failed to take leaktrace's standard error")?);
         Ok(Running { child, stdout, stderr })

@@ -14,6 +14,7 @@ mod lines;
 pub mod programs;
 mod session;
 pub mod soak;
+mod start;
 mod together;
 
 pub use compile::{PREBUILT_VARIABLE, Program, target_dir};
