@@ -13,8 +13,8 @@
 //! bucket of a key is monotone in the key, so that growing copies from front to back.
 //!
 //! Loads: a segment grows by 4/3 when there are two entries a bucket (32 bytes a block) and is made smaller when there are
-//! less than 1.4 (46 bytes a block); while one is copied there are two of it, which is 1/64 of the table more. So
-//! `capacity_bytes() <= 48 * len() + 32 KiB`, always, but for blocks of 4 GiB and more, whose sizes are kept aside: an
+//! less than 1.4 (46 bytes a block), unless it has no more than [`KEPT`]; while one is copied there are two of it, which is 1/64 of
+//! the table more. So `capacity_bytes() <= 48 * len() + 32 KiB`, always, but for blocks of 4 GiB and more, whose sizes are kept aside: an
 //! address space has room for at most 32 thousand of them. What an address means is left to [`super::heap`].
 
 use std::collections::HashMap;
@@ -141,6 +141,11 @@ impl Bucket {
 const SEGMENT_BITS: u32 = 6;
 /// How many parts grow on their own: the more, the shorter the pause and the less memory while one is copied.
 const SEGMENTS: usize = 1 << SEGMENT_BITS;
+
+/// A segment that once had so many buckets keeps them: where few blocks come and go, which is what most programs do most of the time,
+/// copying segments of a handful took more than all the rest of the ledger. All segments together: less than 32 KiB.
+const KEPT: usize = 7;
+const _: () = assert!(SEGMENTS * (KEPT * size_of::<Bucket>() + size_of::<Segment>()) <= 32 << 10);
 
 /// From this many bytes on a segment has pages of its own, huge ones where the kernel gives them, which go back to the
 /// kernel when it is dropped; an allocator would keep them for a segment of just that size.
@@ -295,9 +300,9 @@ impl Segment {
     #[inline]
     fn remove(&mut self, key: u64) -> Option<Entry> {
         let entry = self.take_out(key)?;
-        if self.used * 5 < self.buckets.len() * 7 {
+        if self.used * 5 < self.buckets.len() * 7 && self.buckets.len() > KEPT {
             // To 1.7 a bucket, well away from either limit.
-            self.resize(self.used * 10 / 17 + usize::from(self.used > 0));
+            self.resize((self.used * 10 / 17 + 1).max(KEPT));
         }
         Some(entry)
     }
@@ -564,7 +569,7 @@ mod tests {
         assert!(table.capacity_bytes() > 4 << 20);
         (1..=200_000).for_each(|n| assert!(table.remove(n * 16).is_some()));
         assert_eq!(table.len(), 0);
-        assert!(table.capacity_bytes() < 32 << 10, "{}", table.capacity_bytes());
+        assert!(table.capacity_bytes() <= bound(&table), "{}", table.capacity_bytes());
     }
 
     /// Agrees with the standard library's map over long random runs that grow and shrink, at addresses with strides as
@@ -620,7 +625,7 @@ mod tests {
         }
         assert!(segment.buckets[0].is_passed_by(key(0)), "it no longer knows how many there were");
         assert_eq!(segment.remove(key(keys - 1)).map(|entry| entry.size), Some(99));
-        assert_eq!((segment.used, segment.buckets.len()), (0, 0));
+        assert_eq!((segment.used, segment.buckets.len()), (0, KEPT));
     }
 
     proptest! {

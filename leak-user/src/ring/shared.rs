@@ -88,9 +88,7 @@ impl Ring {
             }
             each(&batch);
             records += batch.len() as u64;
-            for record in &batch {
-                self.clear(record);
-            }
+            self.clear(self.position, position);
             self.position = position;
             // Only now: until then the programs leave the records alone.
             self.position_word(std::mem::offset_of!(Positions, consumer)).store(position, Ordering::Release);
@@ -117,10 +115,17 @@ impl Ring {
         Some(record)
     }
 
-    /// Sets a record and its header to zero, so that whatever is written there next is not taken for complete too early.
-    fn clear(&self, record: &[u8]) {
-        let at = record.as_ptr().addr() - HEADER as usize - self.data.start.addr().get();
-        // SAFETY: the record is one that `record_at` gave; nobody reads or writes it now.
-        unsafe { self.data.start.byte_add(at).cast::<u8>().write_bytes(0, HEADER as usize + record.len()) };
+    /// Sets what lies between two positions to zero, so that whatever is written there next is not taken for complete too early. All at
+    /// once: record by record took a good part of the time that taking them does.
+    fn clear(&self, from: u64, to: u64) {
+        let at = (from & (self.size - 1)) as usize;
+        let end = at + (to - from) as usize;
+        let size = self.size as usize;
+        // SAFETY: whole records that were taken, which nobody reads or writes now. What begins near the ring's end runs on behind it;
+        // the rest of that, and the bytes at the front that are left out for it, hold nothing.
+        unsafe {
+            self.data.start.byte_add(at).cast::<u8>().write_bytes(0, end.min(size + MAX_RECORD) - at);
+            self.data.start.cast::<u8>().write_bytes(0, end.saturating_sub(size));
+        }
     }
 }
