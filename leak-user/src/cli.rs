@@ -49,6 +49,7 @@ impl From<Exit> for ExitCode {
     override_usage = "leaktrace [OPTIONS]\n       \
                       leaktrace [OPTIONS] -p PID[,PID...]\n       \
                       leaktrace [OPTIONS] -- COMMAND [ARG]...\n       \
+                      leaktrace agent [OPTIONS]\n       \
                       leaktrace doctor",
     after_help = "Exit status: 0 done, 1 failed, 2 wrong usage, 3 something leaks (--fail-on-leak).\n\
                   With -- COMMAND and without --fail-on-leak, the status of COMMAND."
@@ -64,6 +65,39 @@ pub struct Flags {
 pub enum Subcommands {
     /// Tell what this host can do, and for each missing thing how to get it
     Doctor,
+    /// Trace the whole system for good and serve what is found over HTTP
+    #[cfg(feature = "agent")]
+    Agent(AgentFlags),
+}
+
+/// What `leaktrace agent` takes. Everything can be said in the file, by variables (`LEAKTRACE_HTTP_LISTEN`) and by `--set`, each over
+/// the one before.
+#[derive(Args, Clone, Debug, Default)]
+#[cfg(feature = "agent")]
+pub struct AgentFlags {
+    /// The configuration [default: /etc/leaktrace/agent.toml, if it is there]
+    #[arg(short, long, value_name = "FILE", env = "LEAKTRACE_CONFIG", hide_env_values = true)]
+    pub config: Option<PathBuf>,
+
+    /// Where to serve [default: 127.0.0.1:9790]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<String>,
+
+    /// Folder for what is kept from run to run [default: /var/lib/leaktrace]
+    #[arg(long, value_name = "FOLDER")]
+    pub state: Option<PathBuf>,
+
+    /// A value of the configuration, such as trace.interval=30s
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+
+    /// Only say whether the configuration makes sense
+    #[arg(long)]
+    pub check_config: bool,
+
+    /// More about what is done, to the standard error; twice for more
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
 }
 
 /// What `leaktrace` without a subcommand takes.

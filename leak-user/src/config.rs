@@ -25,10 +25,12 @@ const AGES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from
 const TOP_MAX: usize = 10_000;
 
 /// What leaktrace was asked to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Invocation {
     Trace(Box<Config>),
     Doctor,
+    #[cfg(feature = "agent")]
+    Agent(crate::cli::AgentFlags),
 }
 
 /// A checked request to trace.
@@ -68,6 +70,8 @@ pub struct Config {
     pub allocators: Vec<Named>,
     pub resources: Resources,
     pub fail_on_leak: bool,
+    /// How many processes of the system are traced at a time; `None`: the usual number, or with all no bound.
+    pub most_traced: Option<usize>,
     /// Trace the children of traced processes too.
     pub children: bool,
     /// Features of the kernel that are not used.
@@ -141,11 +145,20 @@ pub struct Resources {
 
 /// A command line that cannot be followed. The text names the option, the value and what is accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UsageError(String);
+pub struct UsageError {
+    /// The option that it is about, such as `--interval`, if it is about one alone.
+    pub option: Option<String>,
+    /// What is wrong; with an option, what follows its name and value.
+    text: String,
+    value: String,
+}
 
 impl std::fmt::Display for UsageError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        match &self.option {
+            Some(option) => write!(f, "invalid value '{}' for '{option}': {}", self.value, self.text),
+            None => f.write_str(&self.text),
+        }
     }
 }
 
@@ -153,7 +166,20 @@ impl std::error::Error for UsageError {}
 
 impl UsageError {
     fn value(option: &str, value: &str, accepted: impl std::fmt::Display) -> Self {
-        Self(format!("invalid value '{}' for '{option}': {accepted}", value.escape_debug()))
+        let value = value.escape_debug().to_string();
+        Self { option: Some(option.to_owned()), value, text: accepted.to_string() }
+    }
+
+    fn together(text: String) -> Self {
+        Self { option: None, text, value: String::new() }
+    }
+
+    /// The same without the name of the option, for where it has another.
+    pub fn without_option(&self) -> String {
+        match &self.option {
+            Some(_) => format!("invalid value '{}': {}", self.value, self.text),
+            None => self.text.clone(),
+        }
     }
 }
 
@@ -162,13 +188,32 @@ impl Invocation {
     pub fn check(flags: Flags) -> Result<Self, UsageError> {
         match flags.mode {
             Some(Subcommands::Doctor) => Ok(Self::Doctor),
+            #[cfg(feature = "agent")]
+            Some(Subcommands::Agent(flags)) => Ok(Self::Agent(flags)),
             None => Config::check(flags.trace).map(|config| Self::Trace(Box::new(config))),
         }
     }
 }
 
 impl Config {
-    fn check(flags: TraceFlags) -> Result<Self, UsageError> {
+    /// Takes over what can change while tracing goes on: the selected processes, the time between reports, what of them is listed, and
+    /// what tracing may cost.
+    pub fn go_on_with(&mut self, new: &Self) {
+        if let (Target::System { selection, .. }, Target::System { selection: selected, .. }) =
+            (&mut self.target, &new.target)
+        {
+            selection.clone_from(selected);
+        }
+        self.interval = new.interval;
+        self.top = new.top;
+        self.older_than = new.older_than;
+        if self.max_overhead.is_some() && new.max_overhead.is_some() {
+            self.max_overhead = new.max_overhead;
+        }
+    }
+
+    /// Checks what a command line says of tracing.
+    pub fn check(flags: TraceFlags) -> Result<Self, UsageError> {
         let selected = selected(&flags)?;
         let min_size = flags.min_size.as_deref().map(|value| size("--min-size", value)).transpose()?;
         let max_size = flags.max_size.as_deref().map(|value| size("--max-size", value)).transpose()?;
@@ -188,7 +233,7 @@ impl Config {
         let output = flags.output.map(|path| file("--output", path)).transpose()?;
         let record = flags.record.map(|path| file("--record", path)).transpose()?;
         if output.is_some() && output == record {
-            return Err(UsageError("'--output' and '--record' name the same file".to_owned()));
+            return Err(UsageError::together("'--output' and '--record' name the same file".to_owned()));
         }
         Ok(Self {
             max_overhead: max_overhead(flags.max_overhead.as_deref(), &target)?,
@@ -222,6 +267,7 @@ impl Config {
                 mmap: flags.resources.is_empty() || flags.resources.contains(&ResourceFlag::Mmap),
             },
             fail_on_leak: flags.fail_on_leak,
+            most_traced: None,
             children: flags.children,
             without: flags.without,
             verbosity: flags.verbose,
@@ -261,12 +307,12 @@ fn target(
 ) -> Result<Target, UsageError> {
     if let (Some(option), false) = (option, pids.is_empty() && command.is_empty()) {
         let other = if pids.is_empty() { "-- COMMAND" } else { "--pid" };
-        return Err(UsageError(format!(
+        return Err(UsageError::together(format!(
             "'{option}' cannot be used with '{other}': it chooses among all processes of the system"
         )));
     }
     match (pids.is_empty(), command.first()) {
-        (false, Some(command)) => Err(UsageError(format!(
+        (false, Some(command)) => Err(UsageError::together(format!(
             "'--pid {}' cannot be used with '-- {}': trace running processes or start a program, not both",
             pids.join(",").escape_debug(),
             command.to_string_lossy().escape_debug()
@@ -369,7 +415,7 @@ fn asked(values: &[String]) -> Result<Asked, UsageError> {
 }
 
 /// Bytes of `4096`, `64K`, `64KiB`, `1.5MiB`; K, KB and KiB are all 1024. `None` if it is none of these.
-fn parse_size(value: &str) -> Option<u64> {
+pub(crate) fn parse_size(value: &str) -> Option<u64> {
     let value = value.trim();
     let digits = value.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(value.len());
     let (number, unit) = value.split_at(digits);
@@ -470,7 +516,7 @@ mod tests {
     fn config(args: &[&str]) -> Config {
         match check(args).unwrap() {
             Invocation::Trace(config) => *config,
-            Invocation::Doctor => panic!("{args:?} is not about tracing"),
+            other => panic!("{args:?} is not about tracing: {other:?}"),
         }
     }
 
@@ -500,13 +546,14 @@ mod tests {
                 allocators: Vec::new(),
                 resources: Resources { heap: true, mmap: true },
                 fail_on_leak: false,
+                most_traced: None,
                 children: false,
                 without: Vec::new(),
                 verbosity: 0,
                 record: None,
             }
         );
-        assert_eq!(check(&["doctor"]), Ok(Invocation::Doctor));
+        assert!(matches!(check(&["doctor"]), Ok(Invocation::Doctor)));
     }
 
     /// Each option arrives where it belongs.

@@ -21,8 +21,12 @@
 //!
 //! [`privileges`] gives up what rights are no longer needed.
 //!
+//! [`agent`] runs on a node for good: a server, what it keeps, its configuration.
+//!
 //! [`trace`] ties them together; [`cli`] and [`config`] are the command line; [`doctor`] tells what this host can do.
 
+#[cfg(feature = "agent")]
+pub mod agent;
 pub mod attach;
 pub mod cli;
 pub mod config;

@@ -6,11 +6,16 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
+#[cfg(feature = "agent")]
+use leak_user::agent::{self, config::Settings};
+#[cfg(feature = "agent")]
+use leak_user::cli::AgentFlags;
 use leak_user::cli::{Exit, Flags, exit_usage};
 use leak_user::config::{Config, Invocation};
 use leak_user::privileges::Keep;
 use leak_user::view::{LogSink, safe};
 use leak_user::{doctor, trace};
+use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
     let invocation = match Invocation::check(Flags::parse()) {
@@ -20,6 +25,8 @@ fn main() -> ExitCode {
     let result = match invocation {
         Invocation::Trace(config) => trace(&config),
         Invocation::Doctor => doctor(),
+        #[cfg(feature = "agent")]
+        Invocation::Agent(flags) => agent(flags),
     };
     result.unwrap_or_else(|error| {
         // The text may carry names from the target.
@@ -31,12 +38,7 @@ fn main() -> ExitCode {
 /// `leaktrace -p PID` and `leaktrace -- COMMAND`.
 fn trace(config: &Config) -> Result<ExitCode> {
     start_logging(config.verbosity);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .on_thread_start(|| Keep::Nothing.only())
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")?;
+    let runtime = runtime()?;
     let finished = runtime.block_on(trace::run(config))?;
     if config.fail_on_leak {
         return Ok(if finished.leaks { Exit::Leak } else { Exit::Done }.into());
@@ -46,6 +48,38 @@ fn trace(config: &Config) -> Result<ExitCode> {
         .command
         .map_or(0, |status| status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(0));
     Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
+}
+
+/// `leaktrace agent`.
+#[cfg(feature = "agent")]
+fn agent(flags: AgentFlags) -> Result<ExitCode> {
+    start_logging(flags.verbose);
+    let settings = match Settings::load(&flags) {
+        Ok(settings) => settings,
+        Err(refused) => {
+            for mistake in refused {
+                eprintln!("leaktrace: {}", safe(&mistake.to_string()));
+            }
+            return Ok(Exit::Usage.into());
+        }
+    };
+    if flags.check_config {
+        println!("the configuration makes sense");
+        return Ok(Exit::Done.into());
+    }
+    let runtime = runtime()?;
+    runtime.block_on(agent::run(settings, flags))?;
+    Ok(Exit::Done.into())
+}
+
+/// Its own threads have no rights; the calling thread, which traces, keeps its own.
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .on_thread_start(|| Keep::Nothing.only())
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
 }
 
 /// `leaktrace doctor`.

@@ -267,6 +267,18 @@ pub struct Mode {
     pub unwind_memory_bytes: Option<u64>,
 }
 
+impl Default for Mode {
+    fn default() -> Self {
+        Self {
+            sampling: Sampling::Exact,
+            interval_bytes: None,
+            unwinder: Unwinder::Fp,
+            unwind_table_bytes: None,
+            unwind_memory_bytes: None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sampling {

@@ -106,7 +106,12 @@ for family in read(sys.stdin.read()):
     let startup = Program::c("startup").build()?;
     let outcome = Leaktrace::new()?.args(["--format", "json", "--"]).arg(startup).run(PATIENCE)?;
     let report: Report = serde_json::from_str(&outcome.stdout)?;
-    let page = openmetrics::text(&report, openmetrics::Limits::default(), openmetrics::Own::read())?;
+    let page = openmetrics::text(
+        &report,
+        openmetrics::Limits::default(),
+        openmetrics::Own::read(),
+        &openmetrics::Figures::default(),
+    )?;
 
     let mut child = Command::new(python)
         .args(["-c", READ])

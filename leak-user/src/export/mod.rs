@@ -1,7 +1,7 @@
 //! The report in the formats of other tools. Like [`crate::view`], reads nothing but [`crate::report::Report`].
 //!
 //! - [`pprof`]: a profile for `go tool pprof`, Pyroscope and Parca;
-//! - [`openmetrics`]: a page for Prometheus, which no command serves yet.
+//! - [`openmetrics`]: a page for Prometheus, which the agent serves.
 
 pub mod openmetrics;
 pub mod pprof;

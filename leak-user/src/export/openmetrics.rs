@@ -63,6 +63,15 @@ impl Own {
     }
 }
 
+/// What the agent says of its parts, each by a name of its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Whether it does not work.
+    pub degraded: Vec<(&'static str, bool)>,
+    /// What happened to it, and how often.
+    pub counts: Vec<(&'static str, &'static str, u64)>,
+}
+
 type Labels = Vec<(&'static str, String)>;
 type Values = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counts = Family<Labels, Counter<u64>>;
@@ -94,7 +103,7 @@ impl Page {
 }
 
 /// The text of a scrape.
-pub fn text(report: &Report, limits: Limits, own: Option<Own>) -> Result<String, fmt::Error> {
+pub fn text(report: &Report, limits: Limits, own: Option<Own>, agent: &Figures) -> Result<String, fmt::Error> {
     let mut page = Page { registry: Registry::with_prefix("leaktrace") };
     whole(&mut page, report);
     if let Some(own) = own {
@@ -110,6 +119,7 @@ pub fn text(report: &Report, limits: Limits, own: Option<Own>) -> Result<String,
         cpu.inc_by(own.cpu_seconds);
         page.registry.register_with_unit("agent_cpu", "Processor time that the tracer itself took", Unit::Seconds, cpu);
     }
+    parts(&mut page, agent);
     // The report has the worst first.
     let listed = &report.processes[..report.processes.len().min(limits.processes)];
     processes(&mut page, listed);
@@ -117,6 +127,22 @@ pub fn text(report: &Report, limits: Limits, own: Option<Own>) -> Result<String,
     let mut text = String::new();
     encode(&mut text, &page.registry)?;
     Ok(text)
+}
+
+fn parts(page: &mut Page, agent: &Figures) {
+    if !agent.degraded.is_empty() {
+        let degraded =
+            page.values("agent_degraded", "1 for a part of the agent that does not work; /readyz has the reason", None);
+        for (part, is_degraded) in &agent.degraded {
+            degraded.get_or_create(&vec![("part", (*part).to_owned())]).set(f64::from(u8::from(*is_degraded)));
+        }
+    }
+    if !agent.counts.is_empty() {
+        let counts = page.counts("agent_events", "What happened to the parts of the agent");
+        for (part, what, count) in &agent.counts {
+            counts.get_or_create(&vec![("part", (*part).to_owned()), ("event", (*what).to_owned())]).inc_by(*count);
+        }
+    }
 }
 
 fn whole(page: &mut Page, report: &Report) {
@@ -255,7 +281,7 @@ mod tests {
     use crate::report::sample;
 
     fn page(report: &Report) -> String {
-        text(report, Limits::default(), Own::read()).unwrap()
+        text(report, Limits::default(), Own::read(), &Figures::default()).unwrap()
     }
 
     /// The series of a metric: what stands before the value, and the value.
@@ -321,7 +347,7 @@ mod tests {
             })
             .collect();
         report.processes[499].verdict = Verdict::Stable;
-        let page = text(&report, Limits { processes: 7, stacks: 9 }, None).unwrap();
+        let page = text(&report, Limits { processes: 7, stacks: 9 }, None, &Figures::default()).unwrap();
         assert_eq!(series(&page, "leaktrace_process_live_bytes").len(), 7);
         assert_eq!(series(&page, "leaktrace_stack_live_bytes").len(), 9);
         assert_eq!(series(&page, "leaktrace_stack_growth_bytes_per_second").len(), 9);

@@ -118,6 +118,14 @@ impl Watch {
         self.unwanted.clear();
     }
 
+    /// It is not wanted any more.
+    pub fn forget(&mut self, id: ProcessId) {
+        if self.processes.get(&id.tgid).is_some_and(|watched| watched.id == id) {
+            self.processes.remove(&id.tgid);
+            self.unwanted.insert(id.tgid);
+        }
+    }
+
     /// How many are watched.
     pub fn len(&self) -> usize {
         self.processes.len()

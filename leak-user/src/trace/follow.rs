@@ -93,7 +93,7 @@ impl Run<'_> {
         let (ended, living): (Vec<_>, Vec<_>) = std::mem::take(&mut self.targets).into_iter().partition(gone);
         self.targets = living;
         let is_ended = |tgid| ended.iter().any(|target| target.id().tgid == tgid);
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, is_ended);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, &self.config, is_ended);
         let mut probes = Vec::new();
         for mut target in ended {
             let id = target.id();

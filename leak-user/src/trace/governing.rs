@@ -109,6 +109,15 @@ impl Governing {
         });
     }
 
+    /// What tracing may cost from now on. Whether that is governed at all is decided at the start.
+    pub fn set_budget(&mut self, budget: Option<config::Overhead>) {
+        let (Some(_), Some(budget)) = (self.budget, budget) else { return };
+        self.budget = Some(budget);
+        for process in &mut self.processes {
+            process.governor.set_budget(budget.share);
+        }
+    }
+
     /// It is traced no longer.
     pub fn forget(&mut self, id: ProcessId) {
         self.processes.retain(|process| process.id != id);

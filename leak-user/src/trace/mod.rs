@@ -2,7 +2,7 @@
 //!
 //! Three parties: the [`collector`] thread empties the ring into the ledger; the loop in [`run`] looks after the traced
 //! processes and makes reports; a task waits for signals. What the loop does may take long (reading debug information),
-//! and nothing waits for it.
+//! and nothing waits for it. Where the reports go is the business of a [`Sink`].
 
 mod code;
 mod collector;
@@ -11,11 +11,13 @@ mod governing;
 mod host;
 mod pages;
 mod sampler;
+mod sink;
 mod summary;
 mod system;
 mod target;
 mod windowed;
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::BufWriter;
 use std::os::unix::process::ExitStatusExt as _;
@@ -57,6 +59,8 @@ use crate::spawn::Spawned;
 use crate::symbols::Symbols;
 use crate::view::{Input, Outcome, Output};
 
+pub use self::sink::{Observed, Sink};
+
 /// How often resident sets are sampled and windows closed.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 /// How often mappings are looked at for what no event told of, and the clock is corrected.
@@ -83,15 +87,30 @@ pub struct Finished {
     pub command: Option<ExitStatus>,
 }
 
-/// Traces what `config` names until the end, and writes the reports.
+/// What a run is told while it lasts.
+pub struct Control {
+    /// True once it is to end. Where the sender is gone it ends too.
+    pub stop: watch::Receiver<bool>,
+    /// What to go on with from then on; see [`Config::go_on_with`] for what of it holds. `None`: nothing will come.
+    pub changes: Option<mpsc::Receiver<Config>>,
+}
+
+/// Traces what `config` names until the end or a signal, and writes the reports.
 pub async fn run(config: &Config) -> Result<Finished> {
     doctor::require().map_err(|blocked| anyhow!("this host cannot be traced: {blocked}"))?;
-    let mut output = Output::open(config)?;
-    let recording = config.record.as_deref().map(open_recording).transpose()?;
+    let output = Output::open(config)?;
     let stop = watch_signals()?;
+    run_into(config, output, Control { stop, changes: None }).await
+}
+
+/// Traces what `config` names until the end, and gives the reports to `output`. The rights that tracing does not need are given up by
+/// the calling thread once everything stands.
+pub async fn run_into(config: &Config, mut output: impl Sink, control: Control) -> Result<Finished> {
+    doctor::require().map_err(|blocked| anyhow!("this host cannot be traced: {blocked}"))?;
+    let recording = config.record.as_deref().map(open_recording).transpose()?;
     let resampled = watch_resampling(config)?;
     let mut run = Run::start(config, recording)?;
-    let result = run.until_the_end(&mut output, stop, &resampled).await;
+    let result = run.until_the_end(&mut output, control, &resampled).await;
     // Also when the loop failed: the probes first, so that the target is free while the last report is made.
     run.detach();
     let ended = result?;
@@ -151,7 +170,7 @@ fn watch_resampling(config: &Config) -> Result<Arc<AtomicUsize>> {
 
 /// What is running.
 struct Run<'a> {
-    config: &'a Config,
+    config: Cow<'a, Config>,
     programs: Programs,
     collector: Collector,
     notices: mpsc::Receiver<Notice>,
@@ -232,14 +251,14 @@ impl<'a> Run<'a> {
         let code = Code::new(programs.has_tables().then_some(settings.rows));
         let started = Instant::now();
         let mut run = Self {
-            config,
+            config: Cow::Borrowed(config),
             programs,
             collector,
             notices,
             targets: Vec::new(),
             ended_children: EndedChildren::default(),
             system: match &config.target {
-                What::System { selection, all } => Some(System::new((**selection).clone(), *all)),
+                What::System { selection, all } => Some(System::new((**selection).clone(), *all, config.most_traced)),
                 What::Pids(_) | What::Command(_) => None,
             },
             pages: Pages::default(),
@@ -356,10 +375,11 @@ impl<'a> Run<'a> {
     /// Follows the targets until there is a reason to end.
     async fn until_the_end(
         &mut self,
-        output: &mut Output,
-        mut stop: watch::Receiver<bool>,
+        output: &mut impl Sink,
+        mut control: Control,
         resampled: &AtomicUsize,
     ) -> Result<Ended> {
+        let stop = &mut control.stop;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let (mut sampled, mut swept) = (Instant::now(), Instant::now());
@@ -377,6 +397,10 @@ impl<'a> Run<'a> {
             }
             if matches!(output.poll_input(Duration::ZERO)?, Some(Input::Quit)) {
                 return Ok(Ended::Interrupted);
+            }
+            while let Some(Ok(config)) = control.changes.as_mut().map(mpsc::Receiver::try_recv) {
+                self.go_on_with(&config);
+                next_report = next_report.min(Instant::now() + self.config.interval);
             }
             self.take_notices();
             self.follow_threads(false);
@@ -405,8 +429,12 @@ impl<'a> Run<'a> {
             }
             if now >= next_report {
                 next_report = now + self.config.interval;
-                let report = self.report(None);
-                if output.interval(&report)? == Outcome::Closed {
+                let mut report = self.report(None);
+                if let Some(system) = self.system.as_mut().filter(|_| output.observes()) {
+                    system.look_closer();
+                    output.observe(&mut system.observed(), &mut report);
+                }
+                if output.interval(report)? == Outcome::Closed {
                     return Ok(Ended::OutputClosed);
                 }
             }
@@ -418,6 +446,15 @@ impl<'a> Run<'a> {
             if self.config.duration.is_some_and(|duration| self.started.elapsed() >= duration) {
                 return Ok(Ended::Duration);
             }
+        }
+    }
+
+    /// Takes over what of a new configuration can change while tracing goes on.
+    fn go_on_with(&mut self, config: &Config) {
+        self.config.to_mut().go_on_with(config);
+        self.governing.set_budget(self.config.max_overhead);
+        if let What::System { selection, .. } = &config.target {
+            self.select((**selection).clone());
         }
     }
 
@@ -624,7 +661,7 @@ impl<'a> Run<'a> {
     fn report(&mut self, ended: Option<Ended>) -> Report {
         let (now, now_ns) = self.cut.unwrap_or_else(|| (Instant::now(), monotonic_now()));
         let moment = Moment { now: now_ns, start: self.start_ns };
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |_| true);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, &self.config, |_| true);
         let usage = self.code.usage();
         let bytes = |rows: u32| u64::from(rows) * size_of::<u64>() as u64;
         let interval = self.sampling.interval().unwrap_or_else(|| self.sampler.longest());

@@ -4,8 +4,10 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::Run;
+use super::sink::Observed;
 use super::summary::{Moment, Snapshot};
 use super::target::Target;
+use crate::discover::elf;
 use crate::labels::Labels;
 use crate::losses::monotonic_now;
 use crate::process::{Process, ProcessId};
@@ -29,6 +31,10 @@ const LISTED: usize = 20;
 const DECISIONS: usize = 256;
 /// Reports of processes that leak and are not traced any more.
 const SETTLED: usize = 64;
+/// A process that lives for so long is looked at once more: it is by then what it is going to be.
+const GROWN_UP: Duration = Duration::from_secs(30);
+/// How many of them at a time; each takes a tenth of a millisecond.
+const GROWN_UP_AT_ONCE: usize = 20;
 
 /// What is known of a process that is watched.
 struct Known {
@@ -37,6 +43,10 @@ struct Known {
     labels: report::Labels,
     first: u64,
     last: Resident,
+    since: Instant,
+    /// Of the executable, read once it has lived for [`GROWN_UP`].
+    build_id: Option<String>,
+    grown_up: bool,
 }
 
 /// The processes of the system.
@@ -58,8 +68,9 @@ pub(super) struct System {
 }
 
 impl System {
-    pub fn new(selection: Selection, all: bool) -> Self {
-        let limits = if all { Limits { most: usize::MAX } } else { Limits::default() };
+    pub fn new(selection: Selection, all: bool, most: Option<usize>) -> Self {
+        let usual = if all { usize::MAX } else { Limits::default().most };
+        let limits = Limits { most: most.unwrap_or(usual) };
         let now = Instant::now();
         Self {
             selection,
@@ -132,6 +143,50 @@ impl System {
         self.decisions.push_back(report::Decision { at_s: time, pid: id.tgid, comm, what, reason });
     }
 
+    /// Looks once more at processes that are there to stay: what they are now, and which build. Asked by those who keep that.
+    pub fn look_closer(&mut self) {
+        let Self { known, selection, .. } = self;
+        let grown_up = known.iter_mut().filter(|(_, known)| !known.grown_up && known.since.elapsed() >= GROWN_UP);
+        for (id, known) in grown_up.take(GROWN_UP_AT_ONCE) {
+            known.grown_up = true;
+            let Some(now) = wanted(*id, selection) else { continue };
+            (known.comm, known.exe, known.labels) = (now.comm, now.exe, now.labels);
+            let exe = std::fs::File::open(format!("/proc/{}/exe", id.tgid));
+            known.build_id = exe.ok().and_then(|file| elf::build_id(&file));
+        }
+    }
+
+    /// All that is watched.
+    pub fn observed(&self) -> impl Iterator<Item = Observed<'_>> {
+        self.known.iter().map(|(id, known)| Observed {
+            id: *id,
+            comm: &known.comm,
+            exe: known.exe.as_deref(),
+            build_id: known.build_id.as_deref(),
+            labels: &known.labels,
+            resident_bytes: known.last.total,
+            growth_bytes_per_s: self.scout.slope(*id).map(|(slope, _)| slope),
+            watched: known.since.elapsed(),
+        })
+    }
+
+    /// Watches these from now on. Those of the watched that are not among them.
+    pub fn select(&mut self, selection: Selection) -> Vec<ProcessId> {
+        if selection == self.selection {
+            return Vec::new();
+        }
+        self.selection = selection;
+        self.watch.ask_again();
+        let all: Vec<ProcessId> = self.known.keys().copied().collect();
+        let gone: Vec<ProcessId> = all.into_iter().filter(|id| wanted(*id, &self.selection).is_none()).collect();
+        for id in &gone {
+            self.watch.forget(*id);
+            self.scout.forget(*id);
+            self.known.remove(id);
+        }
+        gone
+    }
+
     /// What a report says of it, without what is traced.
     pub fn report(&self, traced: &[Target]) -> report::System {
         let is_traced = |id: &ProcessId| traced.iter().any(|target| target.id() == *id && target.ended.is_none());
@@ -202,6 +257,9 @@ fn wanted(id: ProcessId, selection: &Selection) -> Option<Known> {
         labels: labels.into(),
         first: 0,
         last: Resident::default(),
+        since: Instant::now(),
+        build_id: None,
+        grown_up: false,
     })
 }
 
@@ -237,7 +295,7 @@ impl Run<'_> {
             return;
         }
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
-        let snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |_| true);
+        let snapshot = Snapshot::take(&self.collector.core(), moment, &self.config, |_| true);
         for target in &self.targets {
             system.scout.verdict(target.id(), snapshot.verdict(target), time);
         }
@@ -271,7 +329,7 @@ impl Run<'_> {
         system.note(time, id, Decided::Released, decision.reason.clone());
         let Some(place) = self.targets.iter().position(|target| target.id() == id) else { return };
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
-        let mut snapshot = Snapshot::take(&self.collector.core(), moment, self.config, |tgid| tgid == id.tgid);
+        let mut snapshot = Snapshot::take(&self.collector.core(), moment, &self.config, |tgid| tgid == id.tgid);
         let mut target = self.targets.remove(place);
         let process = snapshot.process(&target, self.started, &mut self.symbols);
         if process.verdict == report::Verdict::Leaking {
@@ -283,6 +341,17 @@ impl Run<'_> {
         crate::attach::detach(target.detach());
         self.let_go(id);
         log::info!("pid {}: released: {:?}", id.tgid, decision.reason);
+    }
+
+    /// Goes on with these processes: those that are not among them are not traced any more.
+    pub(super) fn select(&mut self, selection: Selection) {
+        let Some(system) = &mut self.system else { return };
+        for id in system.select(selection) {
+            if let Some(place) = self.targets.iter().position(|target| target.id() == id) {
+                crate::attach::detach(self.targets.remove(place).detach());
+                self.let_go(id);
+            }
+        }
     }
 
     /// Forgets all that is known of a process that is not traced any more.

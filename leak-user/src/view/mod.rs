@@ -202,7 +202,7 @@ mod tests {
         let flags = crate::cli::Flags::parse_from(["leaktrace", "-p", "1"].iter().chain(args));
         match crate::config::Invocation::check(flags).unwrap() {
             crate::config::Invocation::Trace(config) => *config,
-            crate::config::Invocation::Doctor => unreachable!("-p was given"),
+            _ => unreachable!("-p was given"),
         }
     }
 

@@ -40,7 +40,9 @@ pub const FILTER_PARAMETER: &str = "LEAKTRACE_FILTER";
 
 /// Makes the initramfs of `arch`, with a leaktrace that is broken if so wished; its path.
 pub fn initramfs(cache: &Path, arch: Arch, broken: Option<Broken>) -> Result<PathBuf> {
-    let leaktrace = build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace"], broken)?;
+    // Without the agent, whose TLS takes a C compiler.
+    let leaktrace =
+        build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace", "--no-default-features"], broken)?;
     let suite = build(arch, &["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"], None)?;
     let busybox = busybox(cache, arch)?;
 

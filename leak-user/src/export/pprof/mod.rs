@@ -84,6 +84,17 @@ pub fn profile<'a>(report: &Report, processes: impl IntoIterator<Item = &'a Proc
     }
 }
 
+impl Profile {
+    /// Makes the values of this name those that readers show first; whether it has them.
+    pub fn show(&mut self, sample_type: &str) -> bool {
+        let named = |index: i64| usize::try_from(index).ok().and_then(|index| self.string_table.get(index));
+        let found = self.sample_type.iter().find(|value| named(value.r#type).is_some_and(|name| name == sample_type));
+        let Some(index) = found.map(|value| value.r#type) else { return false };
+        self.default_sample_type = index;
+        true
+    }
+}
+
 /// What of a process's memory the profile does not have.
 fn not_listed(process: &Process) -> Option<String> {
     let listed: u64 = process.stacks.iter().map(|stack| stack.live_bytes).fold(0, u64::saturating_add);

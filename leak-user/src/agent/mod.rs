@@ -1,0 +1,149 @@
+//! The node agent: traces the whole system for months and serves what it finds.
+//!
+//! [`run`] ties it together: the tracing loop of [`crate::trace`] gives its reports to [`Publisher`], which hands each to whoever
+//! serves or pushes. Those read nothing else, so a client that is slow or a server that is down never holds up tracing.
+//!
+//! - [`config`]: the file, variables and flags;
+//! - [`http`]: the server;
+//! - [`state`]: what is kept on disk;
+//! - [`status`]: how each part is.
+
+pub mod config;
+pub mod http;
+pub mod state;
+pub mod status;
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use self::config::Settings;
+use self::status::Status;
+use crate::cli::AgentFlags;
+use crate::report::{Mode, Report};
+use crate::trace::{self, Control, Observed, Sink};
+use crate::view::Outcome;
+
+/// What serves and pushes read.
+pub struct Published {
+    /// The latest report; before the first, one without processes.
+    pub report: watch::Receiver<Arc<Report>>,
+    /// As they are after the last reload.
+    pub settings: watch::Receiver<Arc<Settings>>,
+    pub status: Status,
+}
+
+/// Traces and serves until SIGINT or SIGTERM; SIGHUP reads the configuration again.
+pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
+    // Before anything is traced: another agent, or an address that is not ours, is the likeliest mistake.
+    let listener = http::bind(settings.http.listen).await?;
+    let (reports, report) = watch::channel(Arc::new(Report::new(Mode::default(), crate::report::Host::default())));
+    let (settings_sender, settings_receiver) = watch::channel(Arc::new(settings.clone()));
+    let published = Arc::new(Published { report, settings: settings_receiver, status: Status::default() });
+    let (changes_sender, changes) = mpsc::channel(1);
+    let stop = watch_signals(Reload {
+        flags,
+        settings: settings_sender,
+        changes: changes_sender,
+        published: Arc::clone(&published),
+    })?;
+    log::info!("listening on {}", listener.local_addr().context("failed to read the address that is listened on")?);
+    let server = tokio::spawn(http::serve(listener, Arc::clone(&published), stop.clone()));
+    let publisher = Publisher { reports, published };
+    let traced = trace::run_into(&settings.trace, publisher, Control { stop, changes: Some(changes) }).await;
+    server.abort();
+    traced.map(drop)
+}
+
+/// Gives each report to all who read it.
+struct Publisher {
+    reports: watch::Sender<Arc<Report>>,
+    published: Arc<Published>,
+}
+
+impl Sink for Publisher {
+    /// The first report tells that tracing stands.
+    fn is_live(&self) -> bool {
+        true
+    }
+
+    fn observes(&self) -> bool {
+        true
+    }
+
+    fn observe(&mut self, _processes: &mut dyn Iterator<Item = Observed<'_>>, _report: &mut Report) {}
+
+    fn interval(&mut self, report: Report) -> Result<Outcome> {
+        let interval = self.published.settings.borrow().trace.interval;
+        self.published.status.reported(interval);
+        self.reports.send_replace(Arc::new(report));
+        Ok(Outcome::Open)
+    }
+
+    fn finish(self, report: &Report) -> Result<Outcome> {
+        self.reports.send_replace(Arc::new(report.clone()));
+        Ok(Outcome::Open)
+    }
+}
+
+/// What reading the configuration again takes.
+struct Reload {
+    flags: AgentFlags,
+    settings: watch::Sender<Arc<Settings>>,
+    changes: mpsc::Sender<crate::config::Config>,
+    published: Arc<Published>,
+}
+
+impl Reload {
+    /// Takes over what can change. A configuration with a mistake changes nothing.
+    async fn reload(&self) {
+        const PART: &str = "configuration";
+        let status = &self.published.status;
+        let new = match Settings::load(&self.flags) {
+            Ok(new) => new,
+            Err(refused) => {
+                let text: Vec<String> = refused.iter().map(ToString::to_string).collect();
+                status.count(PART, "refused");
+                return status.degraded(PART, format!("not taken over: {}", text.join("; ")));
+            }
+        };
+        let (settings, waiting) = self.settings.borrow().go_on_with(new);
+        let trace = settings.trace.clone();
+        self.settings.send_replace(Arc::new(settings));
+        // The loop takes it within its next turn; it is gone only at the end.
+        let _ = self.changes.send(trace).await;
+        status.count(PART, "reloaded");
+        if waiting.is_empty() {
+            status.works(PART);
+            log::info!("the configuration was read again");
+        } else {
+            status.degraded(PART, format!("read again; these wait for a restart: {}", waiting.join(", ")));
+        }
+    }
+}
+
+/// True once SIGINT or SIGTERM has come; a second one ends the program at once.
+fn watch_signals(reload: Reload) -> Result<watch::Receiver<bool>> {
+    let (sender, receiver) = watch::channel(false);
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        loop {
+            let number = tokio::select! {
+                _ = interrupt.recv() => libc::SIGINT,
+                _ = terminate.recv() => libc::SIGTERM,
+                _ = hangup.recv() => {
+                    reload.reload().await;
+                    continue;
+                }
+            };
+            if sender.send_replace(true) {
+                std::process::exit(128 + number);
+            }
+        }
+    });
+    Ok(receiver)
+}
