@@ -19,7 +19,7 @@
 //!
 //! [`scout`] watches processes that are not traced, and decides who is worth it.
 //!
-//! [`privileges`] gives up what rights are no longer needed.
+//! [`privileges`] gives up what rights are no longer needed, and [`punctual`] has what must not wait come to its turn.
 //!
 //! [`agent`] runs on a node for good: a server, what it keeps, its configuration.
 //!
@@ -41,6 +41,7 @@ pub mod ledger;
 pub mod losses;
 pub mod privileges;
 pub mod process;
+pub mod punctual;
 pub mod recording;
 pub mod report;
 pub mod ring;

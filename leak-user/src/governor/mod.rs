@@ -45,6 +45,12 @@ const LONGEST: u64 = 16 << 20;
 const TYPICAL_SIZE: f64 = 128.0;
 /// Length of a window, nanoseconds.
 const WINDOW: u64 = 100_000_000;
+/// As so many windows counts what they were expected to cost, against what those cost that there were: one may be long by chance.
+const EXPECTED_WINDOWS: f64 = 2.0;
+/// Windows before there may be more of them.
+const SURE_WINDOWS: f64 = 4.0;
+/// The longest that a process is left alone for what it was charged too much, seconds.
+const LONGEST_REST: f64 = 30.0;
 /// The smallest share of the time that says anything, one window in 50 s, and the largest: more is as good as all.
 const LEAST_DUTY: f64 = 0.002;
 const MOST_DUTY: f64 = 0.5;
@@ -104,8 +110,9 @@ pub struct Look {
     /// What the budget is a share of, nanoseconds of processor time.
     pub reference_ns: f64,
     pub hits: Hits,
-    /// Windows that began.
+    /// Windows that began, and whether one is open.
     pub windows: u64,
+    pub in_window: bool,
     /// Mean bytes of an allocation, if any are known.
     pub mean_size: Option<f64>,
 }
@@ -158,16 +165,20 @@ struct Sums {
 impl Sums {
     fn fade(&mut self, seconds: f64) {
         let keep = (-seconds / MEMORY).exp();
-        for sum in [
-            &mut self.entries,
-            &mut self.returns,
-            &mut self.calls,
-            &mut self.cpu,
-            &mut self.reference,
-            &mut self.seconds,
-            &mut self.windows,
-        ] {
+        for sum in self.all() {
             *sum *= keep;
+        }
+    }
+
+    fn all(&mut self) -> [&mut f64; 7] {
+        let Self { entries, returns, calls, cpu, reference, seconds, windows } = self;
+        [entries, returns, calls, cpu, reference, seconds, windows]
+    }
+
+    fn add(&mut self, other: &Self) {
+        let mut other = *other;
+        for (sum, other) in self.all().into_iter().zip(other.all()) {
+            *sum += *other;
         }
     }
 
@@ -200,6 +211,13 @@ pub struct Governor {
     level: Level,
     reason: String,
     sums: Sums,
+    /// The same since it is traced, and of the last while whatever was decided meanwhile.
+    total: Sums,
+    lately: Sums,
+    /// The share of the reference that windows are expected to take.
+    expected: f64,
+    /// Seconds without a window after the last decision.
+    rest: f64,
     last: Option<Look>,
     mean_size: f64,
     /// Since when the budget has been kept by so much that more would do.
@@ -207,7 +225,7 @@ pub struct Governor {
     patience: f64,
     /// When it last went back to more.
     eased: Option<f64>,
-    /// The share of the reference that was measured last.
+    /// The share of the reference that is taken at this level.
     measured: f64,
 }
 
@@ -220,6 +238,10 @@ impl Governor {
             level,
             reason: "within the budget".to_owned(),
             sums: Sums::default(),
+            total: Sums::default(),
+            lately: Sums::default(),
+            expected: 0.0,
+            rest: 0.0,
             last: None,
             mean_size: TYPICAL_SIZE,
             calm: None,
@@ -238,9 +260,15 @@ impl Governor {
         &self.reason
     }
 
-    /// What tracing takes of the reference.
+    /// What tracing has taken of the reference lately.
     pub fn measured(&self) -> f64 {
-        self.measured
+        self.lately.share()
+    }
+
+    /// Seconds for which windows should not begin yet, as of the last decision: until what was taken over the budget, before anybody
+    /// could know, has been made up for.
+    pub fn rest(&self) -> f64 {
+        self.rest
     }
 
     pub fn budget(&self) -> f64 {
@@ -278,18 +306,24 @@ impl Governor {
         let seconds = (look.time - last.time).max(0.0);
         let (entries, returns) = self.costs.parts(&hits);
         // Windows come seldom: what they cost is known only over many.
-        self.sums.fade(match self.level {
+        let fading = match self.level {
             Level::Windows(duty) => seconds * MEMORY / (20.0 * WINDOW as f64 / 1e9 / duty).max(MEMORY),
             _ => seconds,
-        });
-        let cpu = (look.cpu_ns - last.cpu_ns).max(0.0);
-        self.sums.entries += entries;
-        self.sums.returns += returns;
-        self.sums.calls += hits.entries as f64;
-        self.sums.cpu += cpu;
-        self.sums.reference += (look.reference_ns - last.reference_ns).max(0.0);
-        self.sums.seconds += seconds;
-        self.sums.windows += since(look.windows, last.windows) as f64;
+        };
+        self.sums.fade(fading);
+        self.lately.fade(fading);
+        let new = Sums {
+            entries,
+            returns,
+            calls: hits.entries as f64,
+            cpu: (look.cpu_ns - last.cpu_ns).max(0.0),
+            reference: (look.reference_ns - last.reference_ns).max(0.0),
+            seconds,
+            windows: since(look.windows, last.windows) as f64,
+        };
+        for sums in [&mut self.sums, &mut self.lately, &mut self.total] {
+            sums.add(&new);
+        }
         self.mean_size = look.mean_size.unwrap_or(self.mean_size).max(1.0);
         self.measured = self.sums.share();
         if self.sums.reference < ENOUGH {
@@ -298,10 +332,12 @@ impl Governor {
         let decided = match self.level {
             Level::Exact | Level::Sampled(_) if self.measured > self.limits.budget => Some(self.tighten(look.time)),
             Level::Sampled(_) => self.ease(look.time),
-            Level::Windows(duty) => self.adjust(duty),
-            Level::Exact | Level::Released => None,
+            Level::Windows(duty) if !look.in_window => self.adjust(duty),
+            Level::Exact | Level::Windows(_) | Level::Released => None,
         };
         if let Some((level, reason)) = decided {
+            // Only before the first: while windows are being watched their rate may change, but not be none.
+            self.rest = if matches!(self.level, Level::Windows(_)) { 0.0 } else { self.owed() };
             self.level = level;
             self.reason = reason;
             self.calm = None;
@@ -356,11 +392,13 @@ impl Governor {
             format!("tracing took {taken}, more than the budget of {}", percent(budget))
         };
         // In a window all is followed.
-        let in_window = self.sums.share_at(self.sums.entries + self.followed()).max(standing);
-        Self::for_duty(AIM * budget / in_window.max(1e-9), why)
+        let in_window = self.sums.share_at(self.sums.entries + self.followed()).max(standing).max(1e-9);
+        self.for_duty(AIM * budget / in_window, in_window, why)
     }
 
-    fn for_duty(duty: f64, why: String) -> (Level, String) {
+    /// Windows for this share of the time, while one is open taking `in_window` of the reference.
+    fn for_duty(&mut self, duty: f64, in_window: f64, why: String) -> (Level, String) {
+        self.expected = duty.min(MOST_DUTY) * in_window;
         if duty < LEAST_DUTY {
             (Level::Released, format!("{why}, even in windows of {} of the time", percent(LEAST_DUTY)))
         } else {
@@ -404,14 +442,16 @@ impl Governor {
     /// Another share of the time, where what windows cost is far from what they should.
     fn adjust(&mut self, duty: f64) -> Option<(Level, String)> {
         let plan = self.plan()?;
-        if self.sums.windows < 4.0 || self.sums.seconds <= 0.0 || self.sums.reference <= 0.0 {
+        let Sums { windows, seconds, reference, .. } = self.sums;
+        // They fade.
+        if windows < 0.5 || seconds <= 0.0 || reference <= 0.0 {
             return None;
         }
         // What one takes, by how many are to be expected: how many there were in this time is chance.
-        let each = self.sums.cost() / self.sums.windows;
-        let expected = each * plan.rate * self.sums.seconds / self.sums.reference;
+        let seen = self.sums.cost() * plan.rate * seconds / reference;
+        let expected = (seen + EXPECTED_WINDOWS * self.expected) / (windows + EXPECTED_WINDOWS);
         let wanted = duty * AIM * self.limits.budget / expected.max(1e-9);
-        let far = expected > self.limits.budget || wanted > 1.5 * duty;
+        let far = expected > self.limits.budget || wanted > 1.5 * duty && windows >= SURE_WINDOWS;
         if !far || wanted >= MOST_DUTY && duty >= MOST_DUTY {
             return None;
         }
@@ -419,9 +459,17 @@ impl Governor {
         // because whoever removes the breakpoints has to wait for a processor.
         let next = wanted.clamp(duty / 8.0, duty * 1.5);
         let why = format!("windows would take {}, of a budget of {}", percent(expected), percent(self.limits.budget));
-        let decided = Self::for_duty(next, why);
+        let decided = self.for_duty(next, expected / duty, why);
         self.sums = Sums::default();
         Some(decided)
+    }
+
+    /// Seconds that it takes until tracing, without a window, has cost no more than the budget since its beginning.
+    fn owed(&self) -> f64 {
+        let Sums { reference, seconds, .. } = self.total;
+        let each_second = self.limits.budget * reference / seconds.max(1e-9);
+        let owed = self.total.cost() - self.limits.budget * reference;
+        if owed > 0.0 && each_second > 0.0 { (owed / each_second).min(LONGEST_REST) } else { 0.0 }
     }
 }
 

@@ -278,8 +278,17 @@ impl Run<'_> {
             stacks.map(|stack| stack.history.allocated_bytes() as f64).sum::<f64>() / hits.returns as f64
         });
         let windows = process.watching.as_ref().map_or(0, |watching| watching.windows);
+        let in_window = process.watching.as_ref().is_some_and(|watching| watching.ends.is_some());
         let time = process.began.elapsed().as_secs_f64();
-        process.governor.look(Look { time, cpu_ns, reference_ns: process.reference_ns, hits, windows, mean_size })
+        process.governor.look(Look {
+            time,
+            cpu_ns,
+            reference_ns: process.reference_ns,
+            hits,
+            windows,
+            in_window,
+            mean_size,
+        })
     }
 
     fn change(&mut self, process: &mut Governed, place: usize, level: Level) {
@@ -296,7 +305,8 @@ impl Run<'_> {
                 }
                 crate::attach::detach(self.targets[place].detach());
                 self.sampler.set(&self.programs, tgid, Interval::EXACT);
-                let now = monotonic_now();
+                // Nothing of the rest counts: no window can see what happens in it.
+                let now = monotonic_now() + (process.governor.rest() * 1e9) as u64;
                 self.collector.core().watch_in_windows(tgid, now);
                 let next = now + plan.wait(self.governing.uniform());
                 process.watching =
@@ -334,13 +344,22 @@ impl Run<'_> {
             watching.ends = Some(begin + watching.plan.length);
             watching.next += watching.plan.wait(self.governing.uniform());
         }
+        let end = monotonic_now();
         if let Some(ends) = watching.ends
-            && monotonic_now() >= ends
+            && end >= ends
         {
             self.collector.core().close_windows(tgid, ends);
             crate::attach::detach(self.targets[place].detach());
             watching.ends = None;
-            watching.stood += monotonic_now().saturating_sub(watching.attached_at);
+            let now = monotonic_now();
+            watching.stood += now.saturating_sub(watching.attached_at);
+            let ms = |from: u64, to: u64| to.saturating_sub(from) / 1_000_000;
+            log::debug!(
+                "pid {tgid}: a window: {} ms from the first breakpoint on, {} ms too long, {} ms to take them out",
+                ms(watching.attached_at, end),
+                ms(ends, end),
+                ms(end, now)
+            );
         }
     }
 }

@@ -110,6 +110,8 @@ pub async fn run_into(config: &Config, mut output: impl Sink, control: Control) 
     let recording = config.record.as_deref().map(open_recording).transpose()?;
     let resampled = watch_resampling(config)?;
     let mut run = Run::start(config, recording)?;
+    // Not before: a command that is started is to have the scheduler's usual ways.
+    crate::punctual::be_punctual();
     let result = run.until_the_end(&mut output, control, &resampled).await;
     // Also when the loop failed: the probes first, so that the target is free while the last report is made.
     run.detach();
