@@ -5,11 +5,13 @@
 //!
 //! - [`config`]: the file, variables and flags;
 //! - [`http`]: the server;
+//! - [`page`]: what it shows to people;
 //! - [`state`]: what is kept on disk;
 //! - [`status`]: how each part is.
 
 pub mod config;
 pub mod http;
+pub mod page;
 pub mod state;
 pub mod status;
 

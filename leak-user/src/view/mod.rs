@@ -5,12 +5,12 @@ mod compose;
 mod file;
 pub mod json;
 mod live;
-mod names;
+pub mod names;
 mod safe;
 mod system;
 pub mod text;
-pub(crate) mod units;
-mod words;
+pub mod units;
+pub mod words;
 
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::time::Duration;

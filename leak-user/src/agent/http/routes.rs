@@ -16,16 +16,13 @@ use axum::routing::get;
 use serde::Deserialize;
 
 use super::access::is_to_this_host;
-use crate::agent::Published;
+use crate::agent::{Published, page};
 use crate::export::openmetrics::{self, Own};
 use crate::export::pprof;
 use crate::report::Report;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
-/// What the page may load, and from where: from here alone.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
-                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 #[derive(Clone)]
 struct Shared {
@@ -67,7 +64,7 @@ async fn check(State(shared): State<Shared>, request: Request, next: Next) -> Re
     };
     let headers = answer.headers_mut();
     for (name, value) in [
-        (CONTENT_SECURITY_POLICY, POLICY),
+        (CONTENT_SECURITY_POLICY, page::POLICY),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (REFERRER_POLICY, "no-referrer"),
         (CACHE_CONTROL, "no-store"),
@@ -105,9 +102,12 @@ fn failed(error: &dyn std::fmt::Display) -> Response {
 }
 
 /// The page and what it loads; they hold no data.
-async fn asset(State(_shared): State<Shared>, request: Request) -> Response {
+async fn asset(request: Request) -> Response {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return only_get().await;
+    }
+    if let Some((content_type, body)) = page::asset(request.uri().path()) {
+        return answer(content_type, body);
     }
     (StatusCode::NOT_FOUND, [(CONTENT_TYPE, TEXT)], "there is nothing here\n").into_response()
 }
