@@ -1,4 +1,4 @@
-//! A headless Chromium that is told what to do by the DevTools protocol, over two pipes: JSON, each message ended by a zero byte.
+//! A headless Chromium that is told what to do by the `DevTools` protocol, over two pipes: JSON, each message ended by a zero byte.
 //!
 //! The crates for that protocol bring code for all its thousands of messages, which takes minutes to build; a dozen are needed here.
 
@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use leaktrace_tests::patience;
 use serde_json::{Value, json};
 
-/// Takes longest to start on a machine that does other things too.
+/// To start takes it longer than anything else.
 const STARTS: u32 = 3;
 
 /// One browser with one page; killed when dropped.
@@ -70,7 +70,8 @@ impl Chromium {
             }
         });
         let mut browser = Self { child, input, messages, session: None, last_id: 0, events: Vec::new(), _home: home };
-        let created = browser.call_within("Target.createTarget", json!({"url": "about:blank"}), patience() * STARTS)?;
+        let created =
+            browser.call_within("Target.createTarget", &json!({"url": "about:blank"}), patience() * STARTS)?;
         let attached =
             browser.call("Target.attachToTarget", json!({"targetId": created["targetId"], "flatten": true}))?;
         browser.session = Some(attached["sessionId"].as_str().context("failed to attach to a page")?.to_owned());
@@ -81,11 +82,12 @@ impl Chromium {
     }
 
     /// Sends a message and waits for its answer.
+    #[allow(clippy::needless_pass_by_value, reason = "it is made for the call")]
     pub fn call(&mut self, method: &str, params: Value) -> Result<Value> {
-        self.call_within(method, params, patience())
+        self.call_within(method, &params, patience())
     }
 
-    fn call_within(&mut self, method: &str, params: Value, limit: Duration) -> Result<Value> {
+    fn call_within(&mut self, method: &str, params: &Value, limit: Duration) -> Result<Value> {
         self.last_id += 1;
         let id = self.last_id;
         let mut message = json!({"id": id, "method": method, "params": params});
@@ -122,7 +124,7 @@ impl Chromium {
     /// The value of an expression in the page; a promise is awaited.
     pub fn evaluate(&mut self, expression: &str) -> Result<Value> {
         let params = json!({"expression": expression, "returnByValue": true, "awaitPromise": true});
-        let mut answer = self.call_within("Runtime.evaluate", params, patience() * 2)?;
+        let mut answer = self.call_within("Runtime.evaluate", &params, patience() * 2)?;
         ensure!(
             answer["exceptionDetails"].is_null(),
             "failed to evaluate {expression}: {}",

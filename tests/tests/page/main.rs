@@ -24,7 +24,7 @@ fn bad_night() -> Report {
     let mut report = sample::system();
     let mut second = report.processes[0].clone();
     second.pid = 777;
-    second.comm = "billing".to_owned();
+    "billing".clone_into(&mut second.comm);
     second.stacks.truncate(1);
     second.growing_stacks = 1;
     second.seconds_to_limit = Some(540.0);
@@ -81,10 +81,10 @@ fn hostile() -> Report {
     report.losses.insert(NAMES[0].to_owned(), 3);
     report.host.hostname = Some(NAMES[1].to_owned());
     let system = report.system.as_mut().unwrap();
-    system.processes[0].comm = NAMES[0].to_owned();
-    system.growing[0].comm = NAMES[1].to_owned();
+    NAMES[0].clone_into(&mut system.processes[0].comm);
+    NAMES[1].clone_into(&mut system.growing[0].comm);
     spoil(&mut system.growing[0].stacks[0].frames[0], 0);
-    system.decisions[0].comm = NAMES[2].to_owned();
+    NAMES[2].clone_into(&mut system.decisions[0].comm);
     report
 }
 
@@ -110,7 +110,7 @@ fn look() -> Result<()> {
     loop {
         for report in [bad_night(), hostile(), quiet(), sample::sampled(), sample::warming(), sample::steady()] {
             server.report(&report);
-            thread::sleep(Duration::from_secs(60));
+            thread::sleep(Duration::from_mins(1));
         }
     }
 }

@@ -64,7 +64,7 @@ impl Drop for Server {
 }
 
 fn serve(mut stream: &TcpStream, answer: &Answer) -> Result<()> {
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(Duration::from_mins(1)))?;
     let mut lines = BufReader::new(stream).lines();
     let first = lines.next().transpose()?.unwrap_or_default();
     let mut authorization = None;
