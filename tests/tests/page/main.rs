@@ -2,6 +2,9 @@
 //! `cargo test -p leaktrace-tests --test page -- --ignored --nocapture look`.
 
 mod chromium;
+/// The library's own; the rest of the agent, and what it brings with it, is not needed here.
+#[path = "../../../leak-user/src/agent/page/mod.rs"]
+mod page;
 mod report;
 mod server;
 

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use crate::page;
 use anyhow::Result;
-use leak_user::agent::page;
 
 /// What `/api/v1/report` answers.
 #[derive(Clone, Default)]
