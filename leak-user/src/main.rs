@@ -53,7 +53,8 @@ fn trace(config: &Config) -> Result<ExitCode> {
 /// `leaktrace agent`.
 #[cfg(feature = "agent")]
 fn agent(flags: AgentFlags) -> Result<ExitCode> {
-    start_logging(flags.verbose);
+    // What a service does is in its log.
+    start_logging(flags.verbose.saturating_add(1));
     let settings = match Settings::load(&flags) {
         Ok(settings) => settings,
         Err(refused) => {

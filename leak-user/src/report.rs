@@ -110,6 +110,48 @@ pub struct System {
     /// Where processes touch new pages that grow without that a leak in them is known, the fastest growing first.
     #[serde(default)]
     pub growing: Vec<NewPages>,
+    /// Processes that took the place of one that leaked or was larger than usual, the latest last, bounded. Known to the agent only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restarts: Vec<Restart>,
+}
+
+/// What became of the memory of a program that was started anew.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Restart {
+    pub pid: u32,
+    pub comm: String,
+    pub exe: Option<String>,
+    #[serde(flatten)]
+    pub labels: Labels,
+    /// When the process before it ended, and whether it leaked.
+    pub at: Timestamp,
+    pub leaked: bool,
+    /// Resident memory of that at its end, and of this now.
+    pub before_bytes: u64,
+    pub now_bytes: u64,
+    /// At which the program is steady; `null` where it never was.
+    pub baseline_bytes: Option<u64>,
+    /// Whether, half a minute after its start, it was no larger than it is when it is steady.
+    pub back_to_baseline: bool,
+}
+
+/// What earlier runs of a program were like, by what the agent keeps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Baseline {
+    /// Of the executable that runs.
+    pub build_id: Option<String>,
+    /// Resident memory at which it was steady, with which build, and when it was so last.
+    pub steady_bytes: Option<u64>,
+    pub steady_build_id: Option<String>,
+    pub steady_at: Option<Timestamp>,
+    /// The build before it, where that was steady and this one leaks.
+    pub grew_since_build: Option<String>,
+    /// The build before it, where that leaked as well.
+    pub leaked_with_build: Option<String>,
+    /// Of the process whose place this one took, at its end, if that leaked or was larger than usual.
+    pub before_restart_bytes: Option<u64>,
+    /// The same in a sentence, where there is something to say.
+    pub remark: Option<String>,
 }
 
 /// Where a process touches new pages, by its page faults; evidence of what it grows by, not an account of it.
@@ -326,6 +368,9 @@ pub struct Process {
     /// both.
     #[serde(default)]
     pub affected_by_loss: bool,
+    /// What earlier runs were like; known to the agent only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Baseline>,
     /// A sentence more about the verdict, where there is something to say that the numbers do not show.
     pub hint: Option<String>,
     /// Mean bytes between samples at the time of the report; `null`: every allocation is followed.

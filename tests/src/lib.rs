@@ -4,6 +4,7 @@
 //! The tests themselves are in `tests/tests`. Everything that is started here is ended by its `Drop`, and ends by itself when this
 //! process dies: a fixture reads commands and leaves when its standard input closes.
 
+mod agent;
 mod compile;
 mod fixture;
 mod gdb;
@@ -17,6 +18,7 @@ pub mod soak;
 mod start;
 mod together;
 
+pub use agent::{Agent, Answer, Client, metric};
 pub use compile::{PREBUILT_VARIABLE, Program, target_dir};
 pub use fixture::{Builder, Fixture};
 pub use gdb::{GdbFrame, gdb_frames};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use leaktrace_tests::host;
-use leaktrace_tests::soak::{FAULTS, Outcome, Scale, steady};
+use leaktrace_tests::soak::{FAULTS, Outcome, Scale, agent, steady};
 
 /// Whatever happens, nothing is lost silently and nothing is called a leak.
 #[test]
@@ -35,4 +35,15 @@ fn full_rate() -> Result<()> {
         return Ok(());
     }
     steady(Duration::from_secs(8)).map(drop)
+}
+
+/// With processes, requests and reloads that come and go the agent's memory, descriptors, threads and series are flat.
+#[test]
+fn agent_for_long() -> Result<()> {
+    if !host::can_trace("agent_for_long") {
+        return Ok(());
+    }
+    let figures = agent(Duration::from_secs(15))?;
+    eprintln!("{figures:?}");
+    Ok(())
 }

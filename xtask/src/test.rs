@@ -21,7 +21,7 @@ use crate::vm::Machines;
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
-const SYSTEM_PROGRAMS: [(&str, &str); 14] = [
+const SYSTEM_PROGRAMS: [(&str, &str); 16] = [
     ("c++", "g++"),
     ("python3", "python3"),
     ("sqlite3", "sqlite3"),
@@ -37,6 +37,8 @@ const SYSTEM_PROGRAMS: [(&str, &str); 14] = [
     ("xz", "xz-utils"),
     ("pprof", "golang-go"),
     ("chromium", "chromium"),
+    ("curl", "curl"),
+    ("openssl", "openssl"),
 ];
 
 /// The same for libraries that programs are linked with, and one that Python reads.

@@ -22,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use self::config::Settings;
+use self::state::State;
 use self::status::Status;
 use crate::cli::AgentFlags;
 use crate::report::{Mode, Report};
@@ -53,7 +54,8 @@ pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
     })?;
     log::info!("listening on {}", listener.local_addr().context("failed to read the address that is listened on")?);
     let server = tokio::spawn(http::serve(listener, Arc::clone(&published), stop.clone()));
-    let publisher = Publisher { reports, published };
+    let state = State::open(&settings.state, &published);
+    let publisher = Publisher { reports, published, state };
     let traced = trace::run_into(&settings.trace, publisher, Control { stop, changes: Some(changes) }).await;
     server.abort();
     traced.map(drop)
@@ -63,6 +65,7 @@ pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
 struct Publisher {
     reports: watch::Sender<Arc<Report>>,
     published: Arc<Published>,
+    state: State,
 }
 
 impl Sink for Publisher {
@@ -75,7 +78,9 @@ impl Sink for Publisher {
         true
     }
 
-    fn observe(&mut self, _processes: &mut dyn Iterator<Item = Observed<'_>>, _report: &mut Report) {}
+    fn observe(&mut self, processes: &mut dyn Iterator<Item = Observed<'_>>, report: &mut Report) {
+        self.state.observe(processes, report, &self.published);
+    }
 
     fn interval(&mut self, report: Report) -> Result<Outcome> {
         let interval = self.published.settings.borrow().trace.interval;
@@ -84,7 +89,8 @@ impl Sink for Publisher {
         Ok(Outcome::Open)
     }
 
-    fn finish(self, report: &Report) -> Result<Outcome> {
+    fn finish(mut self, report: &Report) -> Result<Outcome> {
+        self.state.finish(&self.published);
         self.reports.send_replace(Arc::new(report.clone()));
         Ok(Outcome::Open)
     }

@@ -23,6 +23,8 @@ pub struct Status {
 struct Inner {
     /// What each part says of itself: nothing where it works.
     parts: BTreeMap<&'static str, Option<String>>,
+    /// What is to be known of a part, whether it works or not.
+    notes: BTreeMap<&'static str, String>,
     counts: BTreeMap<(&'static str, &'static str), u64>,
     reported: Option<Instant>,
     interval: Duration,
@@ -53,6 +55,11 @@ impl Status {
         if before.as_ref() != Some(&reason) {
             log::warn!("{part}: {reason}");
         }
+    }
+
+    /// Something to be known of this part for as long as the agent runs.
+    pub fn note(&self, part: &'static str, note: impl Into<String>) {
+        self.inner().notes.insert(part, note.into());
     }
 
     /// Counts what happened to a part.
@@ -98,8 +105,9 @@ impl Status {
         let mut text = format!("{}\ntrace: {trace}\n", if ready { "ready" } else { "not ready" });
         for (part, reason) in &inner.parts {
             let reason = reason.as_deref().map_or_else(|| "ok".to_owned(), |reason| format!("degraded: {reason}"));
+            let note = inner.notes.get(part).map(|note| format!(" ({note})")).unwrap_or_default();
             // Writing to a string does not fail.
-            let _ = writeln!(text, "{part}: {}", crate::view::safe(&reason));
+            let _ = writeln!(text, "{part}: {}", crate::view::safe(&(reason + &note)));
         }
         (ready, text)
     }
@@ -126,9 +134,13 @@ mod tests {
         assert!(status.health().0);
         status.reported(Duration::from_secs(1));
         status.works("kubernetes");
+        status.note("kubernetes", "of node a");
         status.degraded("state", "cannot be\u{1b} written");
         let (ready, text) = status.readiness();
-        assert!(ready && text.contains("kubernetes: ok\n") && text.contains("state: degraded: cannot be"), "{text}");
+        assert!(
+            ready && text.contains("kubernetes: ok (of node a)\n") && text.contains("state: degraded: cannot be"),
+            "{text}"
+        );
         assert!(!text.contains('\u{1b}'));
         status.count("http", "refused");
         let figures = status.figures();

@@ -114,6 +114,7 @@ fn process(verdict: Verdict) -> Process {
         cgroup: Some("/system.slice/orders.service".to_owned()),
         labels: Labels { unit: Some("orders.service".to_owned()), ..Labels::default() },
         reason: None,
+        baseline: None,
         verdict,
         hint: None,
         live_bytes: 68 * MIB,
@@ -277,6 +278,14 @@ pub fn system() -> Report {
         ..Labels::default()
     };
     leak.reason = Some(Reason::Rising { bytes: 24 << 20, seconds: 20.0 });
+    leak.baseline = Some(Baseline {
+        build_id: Some("7b2c4e5f".to_owned()),
+        steady_bytes: Some(96 * MIB),
+        steady_build_id: Some("0ddba11".to_owned()),
+        grew_since_build: Some("0ddba11".to_owned()),
+        remark: Some("grows since build 0ddba11, which was steady at 96 MiB".to_owned()),
+        ..Baseline::default()
+    });
     let mut calm = steady().processes.remove(0);
     calm.pid = 4321;
     calm.comm = "indexer".to_owned();
@@ -321,6 +330,16 @@ pub fn system() -> Report {
                     .map(|name| Frame { function: Some(name.to_owned()), ..Frame::default() })
                     .into(),
             }],
+        }],
+        restarts: vec![Restart {
+            pid: 512,
+            comm: "billing".to_owned(),
+            leaked: true,
+            before_bytes: 400 * MIB,
+            now_bytes: 52 * MIB,
+            baseline_bytes: Some(50 * MIB),
+            back_to_baseline: true,
+            ..Restart::default()
         }],
     });
     report

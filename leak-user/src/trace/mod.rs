@@ -32,7 +32,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::time::MissedTickBehavior;
 
 use self::code::Code;
 use self::collector::{Collector, Notice};
@@ -67,6 +66,8 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// How often the loop looks at processes, notices and keys.
 const TICK: Duration = Duration::from_millis(50);
+/// The same while all that is to be done is to watch.
+const SLOW_TICK: Duration = Duration::from_millis(250);
 
 /// What `--all` costs, for those who ask for it; the figures are those of the README (a virtual machine).
 const COST_OF_ALL: &str = "all selected processes are traced: each call of malloc with its free takes them about 2 microseconds \
@@ -382,16 +383,16 @@ impl<'a> Run<'a> {
         resampled: &AtomicUsize,
     ) -> Result<Ended> {
         let stop = &mut control.stop;
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let (mut sampled, mut swept) = (Instant::now(), Instant::now());
         // The live view has something to show soon; a pipe gets one report each interval.
         let first = if output.is_live() { Duration::from_millis(500) } else { self.config.interval };
         let mut next_report = Instant::now() + first;
         loop {
+            let watches = self.targets.is_empty() && self.system.as_ref().is_some_and(|system| !system.traces_all());
+            let pause = if watches && !output.has_keys() { SLOW_TICK } else { TICK };
+            let pause = self.governing.next().map_or(pause, |next| next.min(pause));
             tokio::select! {
-                _ = tick.tick() => {}
-                () = tokio::time::sleep(self.governing.next().unwrap_or(TICK)) => {}
+                () = tokio::time::sleep(pause) => {}
                 _ = stop.changed() => return Ok(Ended::Interrupted),
             }
             if *stop.borrow() {

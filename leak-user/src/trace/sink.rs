@@ -26,8 +26,13 @@ pub struct Observed<'a> {
 
 /// Takes the reports of a run.
 pub trait Sink {
-    /// Whether somebody looks at it: then the first report comes soon, and [`Self::poll_input`] is called often.
+    /// Whether somebody looks at it: then the first report comes soon.
     fn is_live(&self) -> bool {
+        false
+    }
+
+    /// Whether there are keys to wait for: then [`Self::poll_input`] is called often.
+    fn has_keys(&self) -> bool {
         false
     }
 
@@ -54,6 +59,10 @@ pub trait Sink {
 
 impl Sink for Output {
     fn is_live(&self) -> bool {
+        self.is_live()
+    }
+
+    fn has_keys(&self) -> bool {
         self.is_live()
     }
 

@@ -217,6 +217,7 @@ impl Snapshot {
             cgroup: target.process.cgroup.clone(),
             labels: target.labels.clone(),
             reason: target.reason.clone(),
+            baseline: None,
             affected_by_loss: judged.as_ref().is_some_and(|judged| judged.affected_by_loss),
             verdict: match verdict.verdict {
                 ProcessVerdict::Leaking => report::Verdict::Leaking,

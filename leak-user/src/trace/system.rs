@@ -126,6 +126,11 @@ impl System {
         self.scout.unexplained(time)
     }
 
+    /// Whether processes are traced as soon as they are there.
+    pub fn traces_all(&self) -> bool {
+        self.all
+    }
+
     /// Whether the process is watched, and has not ended.
     pub fn knows(&self, id: ProcessId) -> bool {
         self.known.contains_key(&id)
@@ -216,6 +221,7 @@ impl System {
                 .collect(),
             decisions: self.decisions.iter().rev().take(LISTED * 2).rev().cloned().collect(),
             growing: Vec::new(),
+            restarts: Vec::new(),
         }
     }
 

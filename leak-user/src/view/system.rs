@@ -6,7 +6,9 @@ use ratatui::text::{Line, Span};
 use super::names::function;
 use super::safe::{cut_end, safe, width};
 use super::units::{bytes, count, duration, rate};
-use crate::report::{Decided, EndedProcesses, Labels, NewPages, Process, Report, Rss, Sampling, System, Verdict};
+use crate::report::{
+    Decided, EndedProcesses, Labels, NewPages, Process, Report, Restart, Rss, Sampling, System, Verdict,
+};
 
 const DIM: Style = Style::new().add_modifier(Modifier::DIM);
 const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
@@ -108,9 +110,30 @@ fn growing(out: &mut Vec<Line<'static>>, growing: &[NewPages]) {
     }
 }
 
+/// Who came back, and how large.
+fn restarts(out: &mut Vec<Line<'static>>, restarts: &[Restart]) {
+    if restarts.is_empty() {
+        return;
+    }
+    out.push(Line::default());
+    out.push(Line::styled("Restarts", DIM.add_modifier(Modifier::BOLD)));
+    for restart in restarts {
+        let back =
+            if restart.back_to_baseline { "memory is back to baseline" } else { "memory is not back to baseline" };
+        out.push(Line::from(format!(
+            "  {} (pid {}): {back}: {}, {} before the restart",
+            safe(&restart.comm),
+            restart.pid,
+            bytes(restart.now_bytes),
+            bytes(restart.before_bytes)
+        )));
+    }
+}
+
 /// What was decided, and who has ended.
 pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
     growing(out, report.system.as_ref().map_or(&[], |system| &system.growing));
+    restarts(out, report.system.as_ref().map_or(&[], |system| &system.restarts));
     if let Some(system) = report.system.as_ref().filter(|system| !system.decisions.is_empty()) {
         out.push(Line::default());
         out.push(Line::styled("Decisions", DIM.add_modifier(Modifier::BOLD)));

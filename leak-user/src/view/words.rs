@@ -99,6 +99,13 @@ pub fn remarks(process: &Process) -> Vec<String> {
     if let Some(reason) = &process.reason {
         remarks.push(format!("Traced because {}.", self::reason(reason)));
     }
+    if let Some(remark) = process.baseline.as_ref().and_then(|baseline| baseline.remark.as_ref()) {
+        let mut remark = super::safe(remark);
+        if let Some(first) = remark.get_mut(..1) {
+            first.make_ascii_uppercase();
+        }
+        remarks.push(remark + ".");
+    }
     if let Some(hint) = &process.hint {
         remarks.push(super::safe(hint));
     }

@@ -4,6 +4,7 @@
 //! What is asserted stands on the report alone and on what the load knows of itself ([`account`]).
 
 mod account;
+mod agent;
 mod faults;
 mod namespaces;
 mod steady;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+pub use agent::agent;
 pub use steady::steady;
 
 /// How long and how much.

@@ -1,4 +1,4 @@
-//! `cargo xtask soak`: every fault of [`leaktrace_tests::soak`] at its full length, then minutes at full rate. Prints a table of verdicts
+//! `cargo xtask soak`: every fault of [`leaktrace_tests::soak`] at its full length, then minutes at full rate; with `--agent` the agent. Prints a table of verdicts
 //! and figures; the exit code says whether all held.
 
 use std::env;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use leaktrace_tests::soak::{FAULTS, Outcome, Scale, steady};
+use leaktrace_tests::soak::{FAULTS, Outcome, Scale, agent, steady};
 use leaktrace_tests::{BINARY_VARIABLE, host, target_dir};
 
 use crate::process::{as_root, exit_code, is_root};
@@ -23,6 +23,9 @@ pub struct Options {
     /// The faults as short as in the tests
     #[arg(long)]
     quick: bool,
+    /// The agent instead, for as many minutes: processes, requests and reloads by the thousand
+    #[arg(long)]
+    agent: bool,
     /// Only what has this in its name
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -47,6 +50,12 @@ pub fn soak(options: &Options) -> Result<ExitCode> {
     // The release build, whatever profile this one is of.
     // SAFETY: no other thread of this program runs yet.
     unsafe { env::set_var(BINARY_VARIABLE, target_dir()?.join("release/leaktrace")) };
+    let time = Duration::from_mins(u64::from(options.minutes));
+    if options.agent {
+        let start = Instant::now();
+        let held = show(&Outcome { name: "agent", result: agent(time), took: start.elapsed() });
+        return Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     let scale = if options.quick { Scale::SHORT } else { Scale::FULL };
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| name.contains(only));
     let mut held = true;
@@ -55,7 +64,7 @@ pub fn soak(options: &Options) -> Result<ExitCode> {
     }
     if options.minutes > 0 && wanted(FULL_RATE) {
         let start = Instant::now();
-        let result = steady(Duration::from_mins(u64::from(options.minutes)));
+        let result = steady(time);
         held &= show(&Outcome { name: FULL_RATE, took: start.elapsed(), result });
     }
     Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -84,6 +93,9 @@ fn rerun_as_root(options: &Options) -> Result<ExitCode> {
     let this = env::current_exe().context("failed to find the path of this program")?;
     let mut command = as_root(&this)?;
     command.args(["soak", "--built", "--minutes", &options.minutes.to_string()]);
+    if options.agent {
+        command.arg("--agent");
+    }
     if options.quick {
         command.arg("--quick");
     }

@@ -69,6 +69,7 @@ timeout = "1s"
 [state]
 folder = "/srv/state"
 max_bytes = "64KiB"
+steady_after = "1h"
 [metrics]
 max_processes = 1
 max_stacks = 2
@@ -98,7 +99,7 @@ max_stacks = 2
     assert!(settings.http.security.token.is_some());
     assert_eq!((settings.http.max_connections, settings.http.max_request), (3, 8 << 10));
     assert_eq!(settings.state.folder.as_deref(), Some(Path::new("/srv/state")));
-    assert_eq!(settings.state.max_bytes, 64 << 10);
+    assert_eq!((settings.state.max_bytes, settings.state.steady_after), (64 << 10, Duration::from_hours(1)));
     assert_eq!(settings.metrics, Limits { processes: 1, stacks: 2 });
 }
 
