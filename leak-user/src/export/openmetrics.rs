@@ -26,7 +26,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 /// Characters of a name in a label; more is cut off, since C++ names can have thousands.
 const LABEL: usize = 200;
 
-/// How much is told. Series: at most 14 a process, 3 a stack, and some 30 besides.
+/// How much is told. Series: at most 16 a process, 3 a stack, and some 30 besides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     pub processes: usize,
@@ -189,6 +189,8 @@ fn processes(page: &mut Page, processes: &[Process]) {
         "Growth of the leaking stacks over that of resident memory",
         Some(Unit::Ratios),
     );
+    let cost = page.values("process_overhead", "What tracing costs now", Some(Unit::Ratios));
+    let budget = page.values("process_overhead_budget", "What tracing may cost", Some(Unit::Ratios));
     let verdicts = page.values("process_verdict", "1 for the verdict that holds, 0 for the others", None);
     for process in processes {
         let labels = of_process(process);
@@ -205,6 +207,9 @@ fn processes(page: &mut Page, processes: &[Process]) {
         set(&limit, process.memory_limit_bytes.map(|bytes| bytes as f64));
         set(&to_limit, process.seconds_to_limit);
         set(&explained, process.explained_growth_ratio);
+        // Both are of the process's own processor time, or both of one processor.
+        set(&cost, process.overhead.as_ref().map(|overhead| overhead.measured_percent / 100.0));
+        set(&budget, process.overhead.as_ref().map(|overhead| overhead.budget_percent / 100.0));
         for (verdict, name) in VERDICTS {
             let mut labels = labels.clone();
             labels.push(("verdict", name.to_owned()));
@@ -278,7 +283,15 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::report::sample;
+    use crate::report::{Overhead, sample};
+
+    /// A report with everything in it that there is a metric of.
+    fn everything() -> Report {
+        let mut report = sample::system();
+        report.processes[0].overhead =
+            Some(Overhead { budget_percent: 5.0, measured_percent: 3.25, ..Overhead::default() });
+        report
+    }
 
     fn page(report: &Report) -> String {
         text(report, Limits::default(), Own::read(), &Figures::default()).unwrap()
@@ -297,7 +310,7 @@ mod tests {
     /// What the report says of a process and its worst stack is there, under names with their unit.
     #[test]
     fn what_a_report_says() {
-        let report = sample::system();
+        let report = everything();
         let page = page(&report);
         assert!(page.ends_with("# EOF\n"));
         let one = |name: &str, part: &str| {
@@ -322,6 +335,8 @@ mod tests {
                 holds
             );
         }
+        assert_eq!(one("leaktrace_process_overhead_ratios", &pid), 0.0325);
+        assert_eq!(one("leaktrace_process_overhead_budget_ratios", &pid), 0.05);
         let stack = &process.stacks[0];
         let id = format!("stack=\"{}\",function=\"Session::remember(Order)\"", stable_id(stack));
         assert_eq!(one("leaktrace_stack_growth_bytes_per_second", &id), stack.growth.bytes_per_s.unwrap());
@@ -330,6 +345,25 @@ mod tests {
         assert_eq!(one("leaktrace_events_total", ""), report.events as f64);
         assert!(one("leaktrace_agent_resident_memory_bytes", "") > 1e6);
         assert!(one("leaktrace_agent_cpu_seconds_total", "") >= 0.0);
+    }
+
+    /// Every metric that the alert rules, the dashboard and the runbook speak of is there, under that very name.
+    #[test]
+    fn what_is_deployed_names_what_there_is() {
+        let page = page(&everything());
+        let there: HashSet<&str> =
+            page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(['{', ' ']).next()).collect();
+        for (file, text, at_least) in [
+            ("rules.yaml", include_str!("../../../deploy/chart/leaktrace/files/rules.yaml"), 9),
+            ("dashboard.json", include_str!("../../../deploy/chart/leaktrace/files/dashboard.json"), 15),
+            ("RUNBOOK.md", include_str!("../../../deploy/RUNBOOK.md"), 5),
+        ] {
+            let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let named: HashSet<&str> = words.filter(|word| word.starts_with("leaktrace_")).collect();
+            assert!(named.len() >= at_least, "{file} names {}", named.len());
+            let unknown: Vec<_> = named.difference(&there).collect();
+            assert!(unknown.is_empty(), "{file} names {unknown:?}; there are {there:#?}");
+        }
     }
 
     /// However many processes and stacks there are, the page has so many series as the limits say, the worst, and none twice.
@@ -354,7 +388,7 @@ mod tests {
         // The whole is counted, not what is listed.
         assert_eq!(series(&page, "leaktrace_leaking_processes"), [("leaktrace_leaking_processes", 499.0)]);
         let lines: Vec<&str> = page.lines().filter(|line| !line.starts_with('#')).collect();
-        assert!(lines.len() <= 14 * 7 + 3 * 9 + 30, "{}", lines.len());
+        assert!(lines.len() <= 16 * 7 + 3 * 9 + 30, "{}", lines.len());
         let unique: HashSet<&str> = lines.iter().map(|line| line.rsplit_once(' ').unwrap().0).collect();
         assert_eq!(unique.len(), lines.len());
     }
