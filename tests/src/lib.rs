@@ -6,6 +6,7 @@
 
 mod agent;
 mod compile;
+pub mod deploy;
 mod fixture;
 mod gdb;
 pub mod host;

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod deploy;
 mod overhead;
 mod process;
 mod run;
@@ -47,6 +48,8 @@ enum Task {
     Soak(soak::Options),
     /// See whether budgets of overhead are kept, beside a twin that is not traced
     Overhead(overhead::Options),
+    /// Render what is generated of the manifests in deploy/
+    Deploy,
     /// Run the end-to-end suite on every supported kernel, in emulated machines
     Vm(vm::Options),
 }
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::bench(&options),
         Task::Soak(options) => soak::soak(&options),
         Task::Overhead(options) => overhead::overhead(&options).map(|()| ExitCode::SUCCESS),
+        Task::Deploy => deploy::deploy().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::vm(&options),
     };
     outcome.unwrap_or_else(|error| {

@@ -21,7 +21,7 @@ use crate::vm::Machines;
 const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
-const SYSTEM_PROGRAMS: [(&str, &str); 16] = [
+const SYSTEM_PROGRAMS: &[(&str, &str)] = &[
     ("c++", "g++"),
     ("python3", "python3"),
     ("sqlite3", "sqlite3"),
@@ -39,6 +39,11 @@ const SYSTEM_PROGRAMS: [(&str, &str); 16] = [
     ("chromium", "chromium"),
     ("curl", "curl"),
     ("openssl", "openssl"),
+    ("pip3", "python3-pip"),
+    // promtool is with the server.
+    ("prometheus", "prometheus"),
+    ("systemd-analyze", "systemd"),
+    ("setcap", "libcap2-bin"),
 ];
 
 /// The same for libraries that programs are linked with, and one that Python reads.
@@ -135,6 +140,9 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
     }
     let leaktrace = build()?;
     bring_system_programs();
+    if let Err(error) = crate::deploy::bring_tools() {
+        eprintln!("test: {error:#}; the tests that need it will say so");
+    }
 
     let skipped = target_dir()?.join("skipped-tests");
     if let Err(error) = fs::remove_file(&skipped)

@@ -351,8 +351,11 @@ mod tests {
     #[test]
     fn what_is_deployed_names_what_there_is() {
         let page = page(&everything());
-        let there: HashSet<&str> =
-            page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(['{', ' ']).next()).collect();
+        let there: HashSet<&str> = page
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.split(['{', ' ']).next())
+            .collect();
         for (file, text, at_least) in [
             ("rules.yaml", include_str!("../../../deploy/chart/leaktrace/files/rules.yaml"), 9),
             ("dashboard.json", include_str!("../../../deploy/chart/leaktrace/files/dashboard.json"), 15),
