@@ -82,7 +82,13 @@ impl Tools {
 
     /// For a test. Where they are missing it has been reported as skipped and should return.
     pub fn for_test(test: &str) -> Option<Self> {
-        Self::find().inspect_err(|why| drop(host::skip(test, why))).ok()
+        match Self::find() {
+            Ok(tools) => Some(tools),
+            Err(why) => {
+                let _ = host::skip(test, &why);
+                None
+            }
+        }
     }
 
     /// What Helm makes of the chart; `extra` are further arguments.
