@@ -43,6 +43,7 @@ const SYSTEM_PROGRAMS: &[(&str, &str)] = &[
     // promtool is with the server.
     ("prometheus", "prometheus"),
     ("systemd-analyze", "systemd"),
+    ("openssl", "openssl"),
     ("setcap", "libcap2-bin"),
 ];
 

@@ -39,7 +39,7 @@ def mistakes(item, version):
 
 
 checked = 0
-for item in yaml.safe_load_all(sys.stdin):
+for item in filter(None, yaml.safe_load_all(sys.stdin)):
     for version in sys.argv[1:]:
         checked += 1
         for mistake in mistakes(item, version):
