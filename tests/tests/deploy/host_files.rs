@@ -117,3 +117,32 @@ fn the_agent_takes_the_packages_settings() -> Result<()> {
     ensure!(check.code()? != 0 && check.stderr.contains("max_heaps"), "{}", check.stderr);
     Ok(())
 }
+
+/// All that the Debian package takes is there, with the unit's program and settings among it, and its scripts are shell with the place
+/// for what cargo-deb puts in.
+#[test]
+fn the_package_takes_what_is_there() -> Result<()> {
+    let package = deploy::folder().join("../leak-user");
+    let manifest = fs::read_to_string(package.join("Cargo.toml"))?;
+    let metadata = manifest.split("[package.metadata.deb]").nth(1).context("there is no package")?;
+    let assets = metadata.lines().filter_map(|line| line.trim().strip_prefix("[\"")?.strip_suffix("\"],"));
+    let assets: Vec<Vec<&str>> = assets.map(|asset| asset.split("\", \"").collect()).collect();
+    ensure!(assets.len() >= 8, "{assets:?}");
+    for asset in &assets {
+        ensure!(asset[0].starts_with("target/") || package.join(asset[0]).is_file(), "{} is not there", asset[0]);
+    }
+    let unit = fs::read_to_string(deploy::folder().join("systemd/leaktrace.service"))?;
+    let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).context("it starts nothing")?;
+    for wanted in [&["target/release/leaktrace", "usr/bin/", "755"], &["../deploy/agent.toml", "etc/leaktrace/", "644"]]
+    {
+        ensure!(assets.iter().any(|asset| asset == wanted), "{wanted:?} is not in {assets:?}");
+        let name = wanted[0].rsplit('/').next().unwrap_or_default();
+        ensure!(start.contains(&format!("/{}{name}", wanted[1])), "{start} does not name {wanted:?}");
+    }
+    for script in ["postinst", "prerm", "postrm"] {
+        let file = deploy::folder().join("debian").join(script);
+        text(Command::new("sh").arg("-n").arg(&file).output()?, "find shell in a script")?;
+        ensure!(fs::read_to_string(&file)?.contains("\n#DEBHELPER#\n"), "{script} has no place for more");
+    }
+    Ok(())
+}

@@ -85,11 +85,11 @@ fn kustomize_and_the_chart_make_the_same() -> Result<()> {
 #[test]
 fn objects_keep_to_their_schemas() -> Result<()> {
     let Some(tools) = Tools::for_test("objects_keep_to_their_schemas") else { return Ok(()) };
-    let mut all = String::new();
+    let mut all = vec![tools.kustomize("example")?];
     for values in [&MONITORING[..], &NON_ROOT, &["security.mode=privileged", "kubernetes.labels=false"], &ALL] {
-        all += &format!("---\n{}\n", tools.chart(values)?);
+        all.push(tools.chart(values)?);
     }
-    all += &format!("---\n{}\n", tools.kustomize("example")?);
+    let all = all.join("\n---\n");
     let mistakes = tools.mistakes(&all, &VERSIONS)?;
     ensure!(mistakes.is_empty(), "{mistakes:#?}");
 

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 /// How many times shorter all times in the rules are: ten minutes are three seconds.
 const SCALE: f64 = 200.0;
 /// A verdict takes half a minute, and as long again on a busy machine.
-const UNTIL_IT_FIRES: Duration = Duration::from_secs(120);
+const UNTIL_IT_FIRES: Duration = Duration::from_mins(2);
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 
 /// The rules with all their times shortened: after `for: ` and its like, in brackets, and after `offset`.
@@ -39,7 +39,8 @@ fn shortened(rules: &str) -> String {
         let is_time = unit > 0.0 && stands_alone(before.chars().last()) && stands_alone(after.chars().nth(1));
         if is_time {
             let seconds = number.parse::<f64>().unwrap_or(0.0) * unit;
-            out += &format!("{}ms", (seconds * 1000.0 / SCALE) as u64);
+            out += &((seconds * 1000.0 / SCALE) as u64).to_string();
+            out += "ms";
             rest = &after[1..];
         } else {
             out += number;
@@ -133,7 +134,7 @@ impl Drop for Prometheus {
     }
 }
 
-/// What the operator would make of the chart's PodMonitor, for one pod at this address.
+/// What the operator would make of the chart's `PodMonitor`, for one pod at this address.
 fn scrape_settings(tools: &Tools, address: &str, token_file: &Path) -> Result<Value> {
     let objects = tools.documents(&tools.chart(&MONITORING)?)?;
     let monitor = objects.iter().find(|object| object["kind"] == "PodMonitor").context("no PodMonitor")?;

@@ -66,7 +66,7 @@ fn every_alert_has_its_chapter() -> Result<()> {
     let rules = tools.documents(&fs::read_to_string(deploy::folder().join(RULES))?)?;
     let mut seen = 0;
     for rule in
-        rules[0]["groups"].as_array().into_iter().flatten().flat_map(|group| group["rules"].as_array()).flatten()
+        rules[0]["groups"].as_array().into_iter().flatten().filter_map(|group| group["rules"].as_array()).flatten()
     {
         let name = rule["alert"].as_str().context("no name")?;
         let text = |key: &str| rule["annotations"][key].as_str().unwrap_or_default();
