@@ -57,7 +57,7 @@ fn systemd_takes_the_unit() -> Result<()> {
     Ok(())
 }
 
-/// The unit's user has the capabilities that it is bounded by, and the drop-in takes SYS_ADMIN from both.
+/// The unit's user has the capabilities that it is bounded by, and the drop-in takes `SYS_ADMIN` from both.
 #[test]
 fn the_unit_has_few_capabilities() -> Result<()> {
     let sets = |file: &str| -> Result<Vec<BTreeSet<String>>> {
