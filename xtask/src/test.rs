@@ -43,7 +43,6 @@ const SYSTEM_PROGRAMS: &[(&str, &str)] = &[
     // promtool is with the server.
     ("prometheus", "prometheus"),
     ("systemd-analyze", "systemd"),
-    ("openssl", "openssl"),
     ("setcap", "libcap2-bin"),
 ];
 
