@@ -6,12 +6,14 @@
 //! - [`config`]: the file, variables and flags;
 //! - [`http`]: the server;
 //! - [`page`]: what it shows to people;
+//! - [`push`]: profiles and metrics to other systems;
 //! - [`state`]: what is kept on disk;
 //! - [`status`]: how each part is.
 
 pub mod config;
 pub mod http;
 pub mod page;
+pub mod push;
 pub mod state;
 pub mod status;
 
@@ -54,10 +56,12 @@ pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
     })?;
     log::info!("listening on {}", listener.local_addr().context("failed to read the address that is listened on")?);
     let server = tokio::spawn(http::serve(listener, Arc::clone(&published), stop.clone()));
+    let pushes = tokio::spawn(push::run(Arc::clone(&published)));
     let state = State::open(&settings.state, &published);
     let publisher = Publisher { reports, published, state };
     let traced = trace::run_into(&settings.trace, publisher, Control { stop, changes: Some(changes) }).await;
     server.abort();
+    pushes.abort();
     traced.map(drop)
 }
 

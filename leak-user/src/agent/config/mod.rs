@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer};
 
 use self::source::Given;
 pub use self::source::Refused;
-use super::{http, state};
+use super::{http, push, state};
 use crate::cli::AgentFlags;
 use crate::config::{self, parse_size};
 use crate::export::openmetrics::Limits;
@@ -24,10 +24,10 @@ use crate::export::openmetrics::Limits;
 pub const USUAL_FILE: &str = "/etc/leaktrace/agent.toml";
 
 /// All sections; variables are named by them.
-const SECTIONS: [&str; 4] = ["trace", "http", "state", "metrics"];
+const SECTIONS: [&str; 7] = ["trace", "http", "state", "metrics", "push.pyroscope", "push.parca", "push.otlp"];
 
 /// Keys, or sections, that are taken over by a reload; all others wait for a restart.
-const LIVE: [&str; 14] = [
+const LIVE: [&str; 15] = [
     "trace.interval",
     "trace.top",
     "trace.max_overhead",
@@ -42,6 +42,7 @@ const LIVE: [&str; 14] = [
     "http.tls_certificate",
     "http.tls_key",
     "metrics",
+    "push",
 ];
 
 /// A value that makes no sense. The key is a section's own (`listen`) until the section's name is put in front of it.
@@ -68,6 +69,7 @@ pub struct Raw {
     trace: trace::Trace,
     http: http::Config,
     state: state::Config,
+    push: push::config::Config,
     metrics: Metrics,
 }
 
@@ -105,6 +107,7 @@ pub struct Settings {
     pub trace: config::Config,
     pub http: http::Settings,
     pub state: state::Settings,
+    pub push: push::config::Settings,
     pub metrics: Limits,
     /// The file, if it is there or was named.
     pub file: PathBuf,
@@ -148,10 +151,13 @@ impl Settings {
         let http = raw.http.check().map_err(|mistake| mistake.within("http"));
         let state = raw.state.check().map_err(|mistake| mistake.within("state"));
         let metrics = raw.metrics.limits().map_err(|mistake| mistake.within("metrics"));
-        match (trace, http, state, metrics) {
-            (Ok(trace), Ok(http), Ok(state), Ok(metrics)) => Ok(Self { trace, http, state, metrics, file, given }),
-            (trace, http, state, metrics) => {
-                let mistakes = [trace.err(), http.err(), state.err(), metrics.err()];
+        let push = raw.push.check().map_err(|mistake| mistake.within("push"));
+        match (trace, http, state, metrics, push) {
+            (Ok(trace), Ok(http), Ok(state), Ok(metrics), Ok(push)) => {
+                Ok(Self { trace, http, state, push, metrics, file, given })
+            }
+            (trace, http, state, metrics, push) => {
+                let mistakes = [trace.err(), http.err(), state.err(), metrics.err(), push.err()];
                 Err(mistakes.iter().flatten().map(|mistake| given.refused(mistake)).collect())
             }
         }
@@ -176,6 +182,7 @@ impl Settings {
             settings.http.security = new.http.security;
         }
         settings.metrics = new.metrics;
+        settings.push = new.push;
         // Not what is given: what waits is named again at the next reload.
         (settings, waiting)
     }

@@ -1,0 +1,172 @@
+//! One attempt to send a payload, bounded in time and in what is read of the answer.
+//!
+//! By hyper's client with rustls, which the API server of Kubernetes is asked with too. Redirects are not followed: a token would go with
+//! them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT};
+use axum::http::{Request, StatusCode, Uri};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Bytes;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use prost::Message as _;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use super::Kind;
+use super::config::{Endpoint, read_token};
+use super::metrics::ExportResponse;
+use super::queue::Payload;
+use crate::view::safe_bytes;
+
+/// Of an answer; more is no answer to this.
+const MOST_ANSWER: usize = 64 << 10;
+/// Of the answer's text, in what is said of it.
+const SAID: usize = 200;
+
+/// What became of an attempt.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was taken; a part of it may have been rejected.
+    Sent { rejected: Option<String> },
+    /// Another attempt would end the same way.
+    Refused(String),
+    /// Another may not, after the time that the other side asked for.
+    Failed { why: String, rest: Option<Duration> },
+}
+
+pub struct Client {
+    kind: Kind,
+    http: hyper_util::client::legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    url: Uri,
+    headers: HeaderMap,
+    token_file: Option<PathBuf>,
+    timeout: Duration,
+}
+
+impl Client {
+    pub fn new(kind: Kind, endpoint: &Endpoint) -> Result<Self> {
+        let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots(endpoint)?)
+            .with_no_client_auth();
+        let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
+        let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(1)
+            .build(connector);
+        let base = endpoint.url.to_string();
+        let url = format!("{}{}", base.trim_end_matches('/'), kind.path());
+        let mut headers = endpoint.headers.clone();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind.content_type()));
+        headers.insert(USER_AGENT, HeaderValue::from_static(concat!("leaktrace/", env!("CARGO_PKG_VERSION"))));
+        if kind == Kind::Pyroscope {
+            headers.insert("connect-protocol-version", HeaderValue::from_static("1"));
+        }
+        Ok(Self {
+            kind,
+            http,
+            url: url.parse().with_context(|| format!("failed to make an address of {url}"))?,
+            headers,
+            token_file: endpoint.token_file.clone(),
+            timeout: endpoint.timeout,
+        })
+    }
+
+    pub async fn send(&self, payload: &Payload) -> Outcome {
+        match tokio::time::timeout(self.timeout, self.attempt(payload)).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(error)) => Outcome::Failed { why: format!("{}: {error:#}", self.url), rest: None },
+            Err(_) => {
+                let why = format!("{}: no answer within {}", self.url, humantime::format_duration(self.timeout));
+                Outcome::Failed { why, rest: None }
+            }
+        }
+    }
+
+    async fn attempt(&self, payload: &Payload) -> Result<Outcome> {
+        let mut request = Request::post(self.url.clone()).body(Full::new(payload.body()))?;
+        *request.headers_mut() = self.headers.clone();
+        // Read anew each time: tokens of service accounts are replaced every hour or so.
+        if let Some(file) = self.token_file.clone() {
+            let token = tokio::task::spawn_blocking(move || read_token(&file)).await??;
+            request.headers_mut().insert(AUTHORIZATION, token);
+        }
+        let answer = self.http.request(request).await.context("failed to send")?;
+        let (status, headers) = (answer.status(), answer.headers().clone());
+        let body = Limited::new(answer.into_body(), MOST_ANSWER).collect().await;
+        let body = match body {
+            Ok(body) => body.to_bytes(),
+            // That it was taken is known by its status already.
+            Err(_) if status.is_success() => Bytes::new(),
+            Err(error) => anyhow::bail!("status {status}, and then {error}"),
+        };
+        Ok(self.judge(status, &headers, &body))
+    }
+
+    fn judge(&self, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Outcome {
+        if status.is_success() {
+            return Outcome::Sent { rejected: self.rejected(body) };
+        }
+        let text = safe_bytes(&body[..body.len().min(SAID)]);
+        let why = format!("{}: status {status}: {text}", self.url);
+        if self.is_passing(status) {
+            // The other form, a date, is one that clocks have to agree on.
+            let rest = headers.get(RETRY_AFTER).and_then(|rest| rest.to_str().ok()?.trim().parse().ok());
+            return Outcome::Failed { why, rest: rest.map(Duration::from_secs) };
+        }
+        Outcome::Refused(why)
+    }
+
+    /// Whether a status may be another one at the next attempt. The standard of OTLP has a list of its own (OTLP/HTTP, "Failures"). Where a token
+    /// is not taken, the next one in its file may be.
+    fn is_passing(&self, status: StatusCode) -> bool {
+        match status.as_u16() {
+            401 | 403 | 429 | 502 | 503 | 504 => true,
+            408 | 425 | 500 => self.kind != Kind::Otlp,
+            _ => false,
+        }
+    }
+
+    /// What a collector did not take of what it took.
+    fn rejected(&self, body: &[u8]) -> Option<String> {
+        if self.kind != Kind::Otlp {
+            return None;
+        }
+        let partial = ExportResponse::decode(body).ok()?.partial_success?;
+        (partial.rejected_data_points > 0).then(|| {
+            format!("{} of the values: {}", partial.rejected_data_points, safe_bytes(partial.error_message.as_bytes()))
+        })
+    }
+}
+
+/// Who is trusted: the file's certificates if one is named, else the host's.
+fn roots(endpoint: &Endpoint) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    if let Some(file) = &endpoint.ca_file {
+        for certificate in certificates(file)? {
+            roots.add(certificate).with_context(|| format!("failed to take a certificate of {}", file.display()))?;
+        }
+    } else if endpoint.url.scheme_str() == Some("https") {
+        let (taken, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        ensure!(
+            taken > 0,
+            "this host has no certificates of authorities (package ca-certificates): name some by ca_file"
+        );
+    }
+    Ok(roots)
+}
+
+pub fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let certificates = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let certificates = certificates.with_context(|| format!("failed to read {}", file.display()))?;
+    ensure!(!certificates.is_empty(), "failed to find a certificate in PEM form in {}", file.display());
+    Ok(certificates)
+}
