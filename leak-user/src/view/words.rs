@@ -63,7 +63,7 @@ fn leaking(process: &Process) -> String {
         });
     }
     if let Some(seconds) = process.seconds_to_limit.filter(|seconds| (0.0..FAR).contains(seconds)) {
-        parts.push(format!("memory limit in about {}", about(seconds)));
+        parts.push(format!("out of memory in about {}", about(seconds)));
     }
     parts.join("; ")
 }

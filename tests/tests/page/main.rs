@@ -133,8 +133,8 @@ fn shows_what_leaks() -> Result<()> {
         "+1.21 MiB/min in Session::remember(Order)",
         "/srv/orders/src/session.cc:142",
         // The one that dies first stands first.
-        "Memory limit in about 9 min",
-        "Memory limit in about 5 h 20 min",
+        "Out of memory in about 9 min",
+        "Out of memory in about 5 h 20 min",
         "containerd 8c1f0be5a1d9",
         "212 watched, 2 traced",
         "99.8 % sure",
@@ -380,6 +380,52 @@ fn speaks_as_the_text_view() -> Result<()> {
         let said = report.processes.iter().map(|process| words::verdict(process, &report).1).collect();
         same("sentence", report.processes.iter().map(|process| json!([process, report])).collect(), said)?;
     }
+    Ok(())
+}
+
+/// Pods, what earlier runs were like, restarts, and whom the kernel killed for want of memory: what the agent knows beyond a trace.
+#[test]
+fn tells_what_the_agent_knows() -> Result<()> {
+    let Some(mut browser) = browser("tells_what_the_agent_knows")? else { return Ok(()) };
+    let server = Server::start(0)?;
+    let mut report = serde_json::to_value(bad_night())?;
+    let mut killed = report["processes"][0].clone();
+    for (key, value) in [("pod", "orders-6c9f-x2x4q"), ("namespace", "shop"), ("container_name", "api"), ("node", "n1")]
+    {
+        report["processes"][0][key] = json!(value);
+        killed[key] = json!(value);
+    }
+    report["processes"][0]["baseline"] = json!({"remark": "grew since build 7b2c", "steady_bytes": 64 << 20});
+    report["processes"][0]["memory_limit_of"] = json!("/kubepods.slice/pod1");
+    killed["pid"] = json!(999);
+    let mut kill = killed.clone();
+    kill["process"] = killed;
+    kill["at"] = json!("2026-01-02T03:04:20Z");
+    report["oom_kills"] = json!([kill]);
+    report["system"]["restarts"] = json!([{"pid": 4321, "comm": "indexer", "at": "2026-01-02T03:04:20Z", "leaked": true,
+        "before_bytes": 512 << 20, "now_bytes": 80 << 20, "baseline_bytes": null, "back_to_baseline": true}]);
+    server.answer(Answer { status: 200, body: report.to_string(), token: None });
+    browser.look_by(1280, 900, false)?;
+    browser.open(&format!("{}/#1234", server.url()))?;
+    browser.wait_for("document.querySelector('#process h2') !== null")?;
+    browser.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")?;
+    let text = browser.text()?;
+    for part in [
+        "shop/orders-6c9f-x2x4q/api",
+        "Grew since build 7b2c.",
+        "Steady before at\n64 MiB",
+        "/kubepods.slice/pod1",
+        "03:04 the kernel killed orders 999 of shop/orders-6c9f-x2x4q/api because memory ran out",
+        "memory is back to baseline: 80 MiB, 512 MiB before the restart",
+    ] {
+        ensure!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+    picture(&mut browser, "agent-knows")?;
+    browser.evaluate("document.querySelector('[data-key=dead999]').click()")?;
+    browser.wait_for("document.querySelector('#process').innerText.includes('This is what was last known of it')")?;
+    ensure!(browser.text()?.contains("Session::remember(Order)"));
+    picture(&mut browser, "killed")?;
+    ensure!(browser.problems(true).is_empty(), "{:?}", browser.problems(true));
     Ok(())
 }
 

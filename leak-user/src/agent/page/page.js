@@ -16,6 +16,8 @@ const ASK_EVERY = 5000;
 const OLD = 60_000;
 const CARDS = 5;
 const ROWS = 200;
+// Who ran out of memory is told at the top for this time.
+const DEAD_FOR = 6 * 3600 * 1000;
 const LINES = 40;
 
 const $ = (id) => document.getElementById(id);
@@ -47,10 +49,18 @@ function leaking() {
   return state.report.processes.filter((process) => process.verdict === "leaking").sort((a, b) => left(a) - left(b));
 }
 
-// The process that the address names, else the worst.
+// Those that the kernel killed because memory ran out, the latest first.
+const killed = () => [...(state.report.oom_kills ?? [])].reverse();
+
+// The process that the address names, or what is last known of it; else the worst.
 function selected() {
   const wanted = /^#(\d+)$/.exec(window.location.hash)?.[1];
-  if (wanted !== undefined) return everyone().find((process) => String(process.pid) === wanted) ?? { missing: wanted };
+  if (wanted !== undefined) {
+    const is = (process) => String(process.pid) === wanted;
+    const kill = killed().find(is);
+    const last = kill && { ...(kill.process ?? { ...kill, verdict: "watched", stacks: [] }), kill };
+    return everyone().find(is) ?? last ?? { missing: wanted };
+  }
   return everyone()[0] ?? null;
 }
 
@@ -58,16 +68,28 @@ function selected() {
 
 function headline() {
   const found = leaking();
+  const dead = killed().filter((kill) => made() - Date.parse(kill.at) < DEAD_FOR).slice(0, CARDS).map(obituary);
   if (found.length === 0) {
     const [title, text] = words.calm(state.report);
-    return [h("h2", { class: "calm" }, title), h("p", {}, text)];
+    return [h("h2", { class: "calm" }, title), h("p", {}, text), dead];
   }
   const more = found.length - CARDS;
   return [
     h("h2", { class: "bad" }, `${plural(found.length, "process", "processes")} ${found.length === 1 ? "leaks" : "leak"}`),
     h("div", { class: "cards" }, found.slice(0, CARDS).map(card)),
     more > 0 && h("p", {}, `and ${count(more)} more, in the list of processes.`),
+    dead,
   ];
+}
+
+// A process that ran out of memory not long ago.
+function obituary(kill) {
+  const belongs = words.belongsTo(kill);
+  const size = kill.rss.last_bytes;
+  return h("p", { class: "dead" }, h("strong", {}, clock(new Date(kill.at), made())), " the kernel killed ",
+    h("a", { href: `#${kill.pid}`, "data-key": `dead${kill.pid}` }, name(safe(kill.comm)), ` ${kill.pid}`),
+    belongs && [" of ", name(belongs)], " because memory ran out",
+    size !== null && `, at ${bytes(size)} RSS`, kill.process?.verdict === "leaking" && [": ", name(words.sentence(kill.process, state.report))]);
 }
 
 function card(process) {
@@ -82,7 +104,7 @@ function card(process) {
     h("p", { class: "where" }, total !== null && h("strong", {}, `+${rate(total)}`), frame && (process.growing_stacks > 1 ? ", most in " : " in "),
       frame && name(functionName(frame, 80), { class: "code" })),
     frame && place(frame) !== null && h("p", { class: "line code" }, name(place(frame))),
-    h("p", { class: "deadline" }, deadline === null ? noDeadline(process) : ["Memory limit ", h("strong", {}, deadline)]));
+    h("p", { class: "deadline" }, deadline === null ? noDeadline(process) : ["Out of memory ", h("strong", {}, deadline)]));
 }
 
 function noDeadline(process) {
@@ -100,7 +122,8 @@ function details(process) {
   return [
     h("h2", { tabindex: "-1", id: "process-name" }, name(safe(process.comm)), h("small", {}, ` pid ${process.pid}`)),
     h("p", { class: "verdict" }, badge(process.verdict), " ",
-      traced ? name(words.sentence(process, state.report)) : watchedSentence(process)),
+      traced ? name(words.sentence(process, state.report)) : !process.kill && watchedSentence(process)),
+    process.kill && h("p", { class: "dead" }, `The kernel killed it at ${clock(new Date(process.kill.at), made())} because memory ran out. This is what was last known of it.`),
     facts(process),
     traced && words.remarks(process).map((text) => h("p", { class: "remark" }, text)),
     newPages(process.pid),
@@ -147,8 +170,11 @@ function facts(process) {
   if (process.live_bytes !== undefined) {
     const blocks = estimatedPlural(process.live_count, process.live_count_ci95, "block");
     fact("Traced and live", estimatedBytes(process.live_bytes, process.live_bytes_ci95), h("span", { class: "dim" }, ` in ${blocks}`));
-    const deadline = words.deadline(process, made());
-    if (deadline !== null) fact("Memory limit", deadline);
+    const deadline = process.kill ? null : words.deadline(process, made());
+    if (deadline !== null) fact("Out of memory", deadline);
+    if (process.memory_limit_of) fact("Limit of", name(safe(process.memory_limit_of), { class: "code" }));
+    if (typeof process.memory_used_bytes === "number") fact("Taken of the limit", bytes(process.memory_used_bytes));
+    if (typeof process.baseline?.steady_bytes === "number") fact("Steady before at", bytes(process.baseline.steady_bytes));
     const families = [...new Set(process.allocators.map((allocator) => safe(allocator.family)))];
     fact("Allocator", name(families.join(", ") || "none found"), process.interval_bytes !== null && ` · one in ${bytes(process.interval_bytes)} sampled`);
   }
@@ -313,10 +339,16 @@ function more() {
     h("details", { "data-key": key, open }, h("summary", { "data-key": `${key}-summary` }, title), ...children);
   const at = (seconds) => clock(new Date(Date.parse(report.started_at) + seconds * 1000), made());
   const what = { promoted: "traced", released: "released" };
+  const dead = killed().slice(0, LINES);
+  const restarts = [...(system?.restarts ?? [])].reverse().slice(0, LINES);
   return [
     growing.length > 0 && part("growing", `Growing, and no leak known: ${count(growing.length)}`, true, h("ul", { class: "plain" }, growing.map((one) =>
       h("li", {}, h("a", { href: `#${one.pid}`, "data-key": `growing${one.pid}` }, name(safe(one.comm)), ` ${one.pid}`), ` +${rate(one.bytes_per_s)}`,
         one.stacks[0] && [", new pages in ", name(chain(one.stacks[0]), { class: "code" })])))),
+    dead.length > 0 && part("dead", "Killed because memory ran out", false, dead.map(obituary)),
+    restarts.length > 0 && part("restarts", "Restarts", false, h("ul", { class: "plain" }, restarts.map((one) =>
+      h("li", {}, h("time", {}, clock(new Date(one.at), made())), " ", h("a", { href: `#${one.pid}` }, name(safe(one.comm)), ` ${one.pid}`),
+        `: memory is ${one.back_to_baseline ? "" : "not "}back to baseline: ${bytes(one.now_bytes)}, ${bytes(one.before_bytes)} before the restart`)))),
     part("losses", lost.length > 0 ? `Losses: ${plural(lost.length, "kind")}` : "Losses: none", lost.length > 0,
       h("p", {}, lost.length > 0 ? "Numbers may be off by this; never a verdict." : "Every event that was seen is in the numbers."),
       lost.length > 0 && h("table", {}, h("tbody", {}, lost.map(([key, n]) => h("tr", {}, h("th", { scope: "row", class: "code" }, safe(key)), h("td", {}, count(n))))))),

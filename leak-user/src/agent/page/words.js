@@ -56,7 +56,7 @@ function leaking(process) {
     text += `; ${one ? "it explains" : "they explain"} ${part} of the RSS growth`;
   }
   const left = timeLeft(process);
-  return left === null ? text : `${text}; memory limit in about ${about(left)}`;
+  return left === null ? text : `${text}; out of memory in about ${about(left)}`;
 }
 
 // Seconds until the limit is met, if that is near enough to be worth a word.
@@ -91,6 +91,8 @@ export function remarks(process) {
   }
   if (process.overhead && process.overhead.state !== "exact") said.push(overhead(process.overhead));
   if (process.reason) said.push(`Traced because ${reason(process.reason)}.`);
+  const before = process.baseline?.remark;
+  if (before) said.push(`${safe(before[0].toUpperCase() + before.slice(1))}.`);
   if (process.hint) said.push(safe(process.hint));
   if (process.ended) said.push(ended(process.ended));
   return said;
@@ -182,15 +184,11 @@ export function slope(rss) {
 
 const CONTAINER_ID = 12;
 
-// Where a process belongs, the most telling first: namespace and pod with the container, else the container's id, else the unit.
+// Where a process belongs, the most telling: the container by its pod, else by its id, else the unit.
 export function belongsTo(of) {
-  const parts = [];
-  const pod = [of.namespace, of.pod].filter(Boolean).map(safe).join("/");
-  if (pod) parts.push(of.container_name ? `${pod} (${safe(of.container_name)})` : pod);
-  else if (of.container) {
-    parts.push([of.container_runtime, of.container.slice(0, CONTAINER_ID)].filter(Boolean).map(safe).join(" "));
-  } else if (of.unit) parts.push(safe(of.unit));
-  return parts.join(", ");
+  if (of.pod) return [of.namespace, of.pod, of.container_name].filter(Boolean).map(safe).join("/");
+  if (of.container) return [of.container_runtime, of.container.slice(0, CONTAINER_ID)].filter(Boolean).map(safe).join(" ");
+  return of.unit ? safe(of.unit) : "";
 }
 
 // All that is known of where it belongs, as pairs of name and value.
