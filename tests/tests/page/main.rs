@@ -14,7 +14,7 @@ use std::{env, fs, thread};
 use anyhow::{Context as _, Result, ensure};
 use chromium::Chromium;
 use leak_user::view::{names, units, words};
-use leaktrace_tests::host;
+use leaktrace_tests::{Agent, Fixture, Program, host};
 use report::{Frame, Labels, Report, Verdict, sample};
 use serde_json::json;
 use server::{Answer, Server};
@@ -224,6 +224,48 @@ fn asks_for_the_token() -> Result<()> {
     ensure!(browser.evaluate("[localStorage.length, document.cookie]")? == json!([0, ""]));
     ensure!(browser.evaluate("document.querySelector('#token-text').value")? == "");
     ensure!(browser.problems(false).is_empty(), "{:?}", browser.problems(false));
+    Ok(())
+}
+
+/// A real agent and a real leak: the page asks for the token, then names the function that leaks, and has asked nobody but the agent.
+#[test]
+fn of_a_real_agent() -> Result<()> {
+    const TEST: &str = "of_a_real_agent";
+    const TOKEN: &str = "a-token-for-this-test";
+    if !host::can_trace(TEST) {
+        return Ok(());
+    }
+    let Some(mut browser) = browser(TEST)? else { return Ok(()) };
+    let folder = tempfile::tempdir()?;
+    let program = folder.path().join("leak_slow");
+    fs::copy(Program::c("leak_slow").build()?, &program)?;
+    let fixture = Fixture::builder(&program).arg("--rate").arg("200000").arg("--block").arg("512").start()?;
+    let (config, token) = (folder.path().join("agent.toml"), folder.path().join("token"));
+    fs::write(&token, TOKEN)?;
+    let trace = format!("exe = {program:?}\nmax_overhead = 'off'\nall = true\ninterval = '500ms'");
+    fs::write(&config, format!("[trace]\n{trace}\n[http]\ntoken_file = {token:?}\n"))?;
+    let config = config.to_str().context("the folder's name is text")?;
+    let agent = Agent::start(&folder.path().join("state"), ["--config", config])?;
+    let url = format!("http://{}", agent.address());
+    browser.look_by(1280, 900, false)?;
+    browser.open(&format!("{url}/#{}", fixture.pid()))?;
+    browser.wait_for("document.activeElement.id === 'token-text'")?;
+    browser.type_text(TOKEN)?;
+    browser.press("Enter")?;
+    let leaks = "document.querySelector('.card .where').innerText.includes('leak_block') && document.querySelector('.flame .leak')";
+    // A verdict takes half a minute and the page asks every five seconds.
+    if browser.wait_for(leaks).is_err() {
+        browser.wait_for(leaks)?;
+    }
+    let text = browser.text()?;
+    for part in ["1 process leaks", "leak_slow", "LEAKING", "leak_slow.c:", "Growth over time", "Losses: "] {
+        ensure!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+    picture(&mut browser, "real")?;
+    let outside: Vec<&str> = browser.requests().into_iter().filter(|asked| !asked.starts_with(&url)).collect();
+    ensure!(outside.iter().all(|asked| asked.starts_with("data:")), "asked elsewhere: {outside:?}");
+    ensure!(browser.problems(false).is_empty(), "{:?}", browser.problems(false));
+    ensure!(agent.stop()?.code()? == 0);
     Ok(())
 }
 
