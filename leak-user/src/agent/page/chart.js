@@ -5,7 +5,7 @@ import { culprit, functionName } from "./names.js";
 import { bytes, clock } from "./units.js";
 
 const HEIGHT = 200;
-const LEFT = 66;
+const LEFT = 78;
 const BOTTOM = 22;
 const TOP = 8;
 // Growing stacks that have a colour of their own.

@@ -235,7 +235,7 @@ function callStack(stack, open) {
       name(functionName(one), { class: "code" }), one.inlined && " (inlined)",
       place(one) !== null && h("span", { class: "dim code" }, " ", name(place(one)))));
   const cut = words.stackEnd(stack.end);
-  return h("details", { class: `stack ${stack.verdict === "growing" ? "growing" : ""}`, open, "data-key": `stack${stack.id}` },
+  return h("details", { class: `stack ${stack.verdict === "growing" ? "growing" : ""}`, open, "data-key": `stack${stack.id}${stack.verdict}` },
     h("summary", { "data-key": `summary${stack.id}` }, h("strong", {}, words.pace(stack)), " ", name(functionName(frame, 80), { class: "code" }),
       shortLocation(frame) !== null && [" ", name(shortLocation(frame), { class: "dim code" })]),
     h("p", { class: "dim" }, [words.held(stack), ...words.stackFacts(stack)].join(" · ")),
