@@ -155,7 +155,8 @@ impl Baselines {
             *instance = fresh();
         }
         instance.bytes = process.resident_bytes;
-        instance.leaking = verdict == Some(Verdict::Leaking);
+        // At its end it is not in the report any more, for a look or two.
+        instance.leaking = verdict.map_or(instance.leaking, |verdict| verdict == Verdict::Leaking);
         let size = process.resident_bytes as f64;
         let is_still = match (verdict, process.growth_bytes_per_s) {
             (Some(Verdict::Leaking | Verdict::Warming), _) | (_, None) => false,

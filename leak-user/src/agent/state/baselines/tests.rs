@@ -111,6 +111,8 @@ fn back_to_baseline() {
         host.look(0, &[calm(1, "aaaa", 100)]);
         host.look(STEADY, &[calm(1, "aaaa", 100)]);
         host.look(60, &[leaking(1, "aaaa", 400)]);
+        // It ends between the report and the look.
+        host.look(10, &[Fake { verdict: None, ..leaking(1, "aaaa", 400) }]);
         host.look(10, &[]);
         let mut host = host.agent_restarted();
         let other = Fake { exe: "/srv/other", ..calm(8, "aaaa", 400) };
