@@ -258,6 +258,11 @@ pub struct TraceFlags {
     #[arg(long, value_name = "exact|SIZE", value_delimiter = ',', hide = true)]
     pub resample: Vec<String>,
 
+    /// So many addresses of sampled blocks that the kernel side is to lose, and as many that it is to make up, once; for tests of how
+    /// that is found
+    #[arg(long, value_name = "N", hide = true)]
+    pub lose_addresses: Option<u32>,
+
     /// More about what is done, to the standard error; twice for more
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,

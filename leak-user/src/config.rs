@@ -49,6 +49,8 @@ pub struct Config {
     pub sampling: Sampling,
     /// What comes after it, one at each SIGUSR1.
     pub resample: Vec<Sampling>,
+    /// Addresses that the kernel side is to lose, for a test.
+    pub lose_addresses: u32,
     /// How much tracing may cost; `None`: whatever it does.
     pub max_overhead: Option<Overhead>,
     /// Bytes; smaller allocations are left out in the kernel.
@@ -245,6 +247,7 @@ impl Config {
             top: top(&flags.top)?,
             sampling,
             resample,
+            lose_addresses: flags.lose_addresses.unwrap_or(0),
             min_size: min_size.unwrap_or(0),
             max_size: max_size.unwrap_or(u64::MAX),
             older_than: flags
@@ -534,6 +537,7 @@ mod tests {
                 top: 10,
                 sampling: Sampling::Auto,
                 resample: Vec::new(),
+                lose_addresses: 0,
                 max_overhead: Some(Overhead { share: 0.05, of_processor: false }),
                 min_size: 0,
                 max_size: u64::MAX,

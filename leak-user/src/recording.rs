@@ -45,6 +45,7 @@ mod tag {
     pub const ROLL: u8 = 8;
     pub const MISSED_REALLOC_END: u8 = 9;
     pub const DISTRUST_PROCESS: u8 = 10;
+    pub const DISTRUST_BLOCK: u8 = 11;
 }
 
 /// One thing that a ledger is told. But for the first they are the functions of [`Ledger`] of the same names.
@@ -85,6 +86,11 @@ pub enum Entry<'a> {
     },
     DistrustProcess {
         tgid: u32,
+        time: u64,
+    },
+    DistrustBlock {
+        tgid: u32,
+        addr: u64,
         time: u64,
     },
     Roll {
@@ -227,6 +233,12 @@ fn put(to: &mut Vec<u8>, entry: Entry<'_>) -> u8 {
             to.put_u64_le(time);
             tag::DISTRUST_PROCESS
         }
+        Entry::DistrustBlock { tgid, addr, time } => {
+            to.put_u32_le(tgid);
+            to.put_u64_le(addr);
+            to.put_u64_le(time);
+            tag::DISTRUST_BLOCK
+        }
         Entry::Roll { time } => {
             to.put_u64_le(time);
             tag::ROLL
@@ -251,6 +263,7 @@ fn parse(tag: u8, mut content: &[u8]) -> Result<Entry<'_>, Error> {
         tag::MISSED_REALLOC_END => Entry::MissedReallocEnd { tgid: number(r)?, tid: number(r)?, time: long(r)? },
         tag::DISTRUST => Entry::Distrust { time: long(r)? },
         tag::DISTRUST_PROCESS => Entry::DistrustProcess { tgid: number(r)?, time: long(r)? },
+        tag::DISTRUST_BLOCK => Entry::DistrustBlock { tgid: number(r)?, addr: long(r)?, time: long(r)? },
         tag::ROLL => Entry::Roll { time: long(r)? },
         unknown => return Err(Error::UnknownEntry(unknown)),
     })
@@ -409,6 +422,7 @@ pub fn apply(ledger: &mut Ledger, entry: Entry<'_>) {
         Entry::MissedReallocEnd { tgid, tid, time } => ledger.missed_realloc_end(tgid, tid, time),
         Entry::Distrust { time } => ledger.distrust(time),
         Entry::DistrustProcess { tgid, time } => ledger.distrust_process(tgid, time),
+        Entry::DistrustBlock { tgid, addr, time } => ledger.distrust_block(tgid, addr, time),
         Entry::Roll { time } => ledger.roll(time),
     }
 }
@@ -442,6 +456,7 @@ mod tests {
             Entry::Roll { time: 4_000_000_000 },
             Entry::MissedReallocEnd { tgid: 2, tid: 9, time: 3000 },
             Entry::DistrustProcess { tgid: 7, time: 1 },
+            Entry::DistrustBlock { tgid: 7, addr: 0x20, time: 1 },
             Entry::Distrust { time: 1 },
             Entry::AddProcess { tgid: 3, start_time: 5, time: 1000 },
             Entry::RemoveProcess { tgid: 3 },
@@ -501,7 +516,7 @@ mod tests {
         let bytes = written(&sample(&a, &b));
         let mut ledger = Ledger::new(Config::default());
         let replayed = replay(&mut Reader::new(&bytes[..]).expect("a header"), &mut ledger).expect("a whole recording");
-        assert_eq!(replayed, Replayed { records: 3, undecodable: 1, others: 10 });
+        assert_eq!(replayed, Replayed { records: 3, undecodable: 1, others: 11 });
         let parent = ledger.process(1).expect("added");
         let child = ledger.process(2).expect("forked");
         assert!(ledger.process(3).is_none());

@@ -305,3 +305,32 @@ fn children_and_new_programs() -> Result<()> {
     ensure!(sum(&of_parent, "leak_before", "live_bytes") == 0.0, "{}", summary(&of_parent));
     Ok(())
 }
+
+/// Blocks whose addresses the kernel side lost are taken out of the verdicts, counted and said; addresses that it made up are dropped; and
+/// nothing else is taken for a difference, while blocks come and go.
+#[test]
+fn sides_are_reconciled() -> Result<()> {
+    if !can_trace("sides_are_reconciled") {
+        return Ok(());
+    }
+    let mut fixture = Fixture::start("allocators")?;
+    let mut session = Session::start(&[fixture.pid()], &["--sample", "4K", "--lose-addresses", "50"])?;
+    fixture.tell("leak malloc 9000 300")?;
+    let before = session.next_report(|report| sum(report, "leak_via_malloc", "live_count") > 5000.0, patience())?;
+    ensure!(before["losses"] == serde_json::json!({}), "lost too early\n{}", summary(&before));
+    fixture.tell("churn malloc 20000 300")?;
+    let mended = |report: &Value| report["counters"]["sampled_addresses_dropped"].as_u64().is_some();
+    let report = session.next_report(mended, patience())?;
+    fixture.tell("churn malloc 20000 300")?;
+    let last = session.stop()?;
+    for report in [report, last] {
+        ensure!(report["counters"]["sampled_addresses_dropped"] == 50, "{}", summary(&report));
+        ensure!(report["losses"]["sampled_blocks_unfollowed"] == 50, "{}", summary(&report));
+        ensure!(report["losses"]["distrusted_bytes"] == 50 * 300, "{}", summary(&report));
+        ensure!(report["processes"][0]["affected_by_loss"] == true, "{}", summary(&report));
+        // What the fifty stood for is about 300 bytes in 4096 of all.
+        let left = sum(&report, "leak_via_malloc", "live_bytes") / sum(&before, "leak_via_malloc", "live_bytes");
+        ensure!((0.5..0.999).contains(&left), "{left} of it is left\n{}", summary(&report));
+    }
+    Ok(())
+}

@@ -295,3 +295,31 @@ fn in_namespaces_of_its_own() -> Result<()> {
     ensure!(stacks(&report).all(|stack| stack["complete"] == true), "{}", summary(&report));
     Ok(())
 }
+
+/// A process that cannot be traced within the whole system's budget, not even in windows, gives back its place, and is not picked again at
+/// once though it grows on; it has no breakpoints then.
+#[test]
+fn over_the_budget() -> Result<()> {
+    if !host::can_trace("over_the_budget") {
+        return Ok(());
+    }
+    let mut crowd = Crowd::new()?;
+    let hot = crowd.start("leak_slow", "--rate 2097152 --block 4096 --churn-threads 1")?;
+    let selection = crowd.selection();
+    let args = ["--exe", &selection, "--format", "jsonl", "--interval", "1s", "--max-overhead", "0.01"];
+    let mut session = Session::attached(Leaktrace::new()?.args(args).spawn()?)?;
+    let report = session.next_report(|report| !decided(report, "released").is_empty(), PATIENCE)?;
+    let report = session.next_report(
+        |later| later["duration_s"].as_f64() > report["duration_s"].as_f64().map(|at| at + 5.0),
+        PATIENCE,
+    )?;
+    ensure!(decided(&report, "promoted") == [u64::from(hot)], "{}", report["system"]["decisions"]);
+    let decisions = report["system"]["decisions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let last = decisions.last().map_or(&Value::Null, |decision| &decision["reason"]);
+    let why = last["why"].as_str().unwrap_or_default();
+    ensure!(last["kind"] == "over_budget" && why.contains("even in windows"), "{decisions:?}");
+    ensure!(report["system"]["traced"] == 0 && report["system"]["watched"] == 1, "{}", report["system"]);
+    ensure!(host::breakpoints(hot)? == 0, "breakpoints still stand in it");
+    session.stop()?;
+    Ok(())
+}

@@ -110,6 +110,12 @@ impl Samplings {
         Ok(())
     }
 
+    /// Drops blocks; says how many were there.
+    pub fn drop_addresses(&self, tgid: u32, addresses: &[u64]) -> usize {
+        let key = |addr: &u64| Address { tgid, reserved: 0, addr: *addr };
+        addresses.iter().filter(|addr| sys::delete(self.addresses.fd().as_fd(), &key(addr)).is_ok()).count()
+    }
+
     /// Every block that is followed, and since when.
     pub fn addresses(&self) -> io::Result<Vec<(Address, u64)>> {
         let mut found = Vec::new();

@@ -40,6 +40,10 @@ pub(super) struct Allocated {
     pub interval: Interval,
 }
 
+fn is_trusted(block: &Block, until: Tick) -> bool {
+    block.stack != DISTRUSTED && block.birth <= until
+}
+
 #[derive(Clone)]
 pub(super) struct Heap {
     blocks: BlockTable,
@@ -213,6 +217,21 @@ impl Heap {
             let before = *block;
             distrust(&before, &mut block.stack);
         }
+    }
+
+    /// Takes the block at `addr` out of the verdicts if it was born by `until`; false where there is none that is in them.
+    pub fn distrust_one(&mut self, cx: &Context<'_>, stacks: &mut Stacks, addr: u64, until: Tick) -> bool {
+        let Some(block) = self.blocks.get(addr).filter(|block| is_trusted(block, until)) else { return false };
+        let mut stack = block.stack;
+        stacks.distrust_block(&mut stack, cx.now, &block);
+        self.blocks.insert(addr, Block { stack, ..block });
+        true
+    }
+
+    /// The addresses of live blocks that were born by `until` and are in the verdicts, without those in the hands of realloc.
+    pub fn trusted(&self, until: Tick) -> Vec<u64> {
+        let in_verdicts = |addr: &u64| self.blocks.get(*addr).is_some_and(|block| is_trusted(&block, until));
+        self.blocks.addresses().filter(in_verdicts).collect()
     }
 
     /// Counts what threads have in the hands of realloc as freed: in a forked child those threads are not there.

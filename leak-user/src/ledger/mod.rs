@@ -110,6 +110,9 @@ pub struct Counters {
     pub live_capped: u64,
     /// Stacks that allocations name but whose records have not come. Falls when one comes after all.
     pub stacks_missing: u64,
+    /// Sampled blocks that were taken out of verdicts because the kernel side did not know of them any more, so that their free would
+    /// not have been told.
+    pub unfollowed: u64,
     /// How often the live set of a process, or all of them ([`Ledger::distrust`]), became doubtful.
     pub distrusts: u64,
     /// Live bytes, and blocks and ranges, that are out of verdicts since. Falls as they are freed.
@@ -487,6 +490,22 @@ impl Ledger {
         self.counters.distrusts += 1;
         let (cx, process) = self.context_of(place, until);
         process.distrust(&cx, until);
+    }
+
+    /// The free of the block at `addr` would not be told if it came: takes it out of verdicts, if it was born by `time`.
+    pub fn distrust_block(&mut self, tgid: u32, addr: u64, time: u64) {
+        let until = self.clock.tick(time);
+        let Some(place) = self.place(tgid) else { return };
+        let (cx, process) = self.context_of(place, until);
+        if process.heap.distrust_one(&cx, &mut process.stacks, addr, until) {
+            cx.counters.unfollowed += 1;
+        }
+    }
+
+    /// The addresses of a process's blocks that were born by `time` and are in the verdicts.
+    pub fn trusted_addresses(&self, tgid: u32, time: u64) -> Vec<u64> {
+        let until = self.clock.tick(time);
+        self.process(tgid).map_or_else(Vec::new, |process| process.heap.trusted(until))
     }
 
     /// Closes the windows up to `time` in every stack.

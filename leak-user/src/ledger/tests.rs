@@ -336,6 +336,27 @@ fn distrust_takes_the_living_out() {
     assert_eq!(case.ledger.counters().free_of_unknown, 0);
 }
 
+/// A single block whose free would not be told is taken out, once, and only if it is not younger than that was known.
+#[test]
+fn distrust_of_one_block() {
+    let mut case = Case::new();
+    case.alloc(0x10, 100, 1);
+    case.alloc(0x20, 30, 1);
+    case.wait(SECOND);
+    let then = case.now;
+    case.wait(SECOND);
+    case.alloc(0x30, 5, 1);
+    assert_eq!(case.ledger.trusted_addresses(P, then).len(), 2);
+    for addr in [0x10, 0x10, 0x30, 0x40] {
+        case.ledger.distrust_block(P, addr, then);
+    }
+    assert_eq!((case.live(1), case.ledger.counters().unfollowed), ((35, 2), 1));
+    assert_eq!(case.ledger.counters().distrusted, Total { bytes: 100, count: 1 });
+    assert_eq!(case.ledger.trusted_addresses(P, then), [0x20]);
+    case.free(0x10);
+    assert_eq!((case.ledger.counters().distrusted, case.ledger.live_blocks()), (Total::default(), 2));
+}
+
 /// The lost end of a realloc ends the block that it was called with, and not that of a later call of the same thread.
 #[test]
 fn missed_realloc_ends() {

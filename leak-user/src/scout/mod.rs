@@ -75,6 +75,8 @@ pub enum Reason {
     All,
     /// It cannot be traced.
     Untraceable { error: String },
+    /// It cannot be traced within the budget.
+    OverBudget { why: String },
 }
 
 /// What is known of one process.

@@ -206,6 +206,7 @@ impl Run<'_> {
         }
         self.take_costs();
         let mut processes = std::mem::take(&mut self.governing.processes);
+        let mut given_up = Vec::new();
         let shared = processes.len().max(1) as f64;
         for process in &mut processes {
             let is_it = |target: &Target| target.id() == process.id && target.ended.is_none();
@@ -226,9 +227,15 @@ impl Run<'_> {
                 process.changed = now;
                 log::info!("pid {}: {}, because {}", process.id.tgid, level.name(), process.governor.reason());
                 self.change(process, place, level);
+                if level == Level::Released {
+                    given_up.push((process.id, process.governor.reason().to_owned()));
+                }
             }
         }
         self.governing.processes = processes;
+        for (id, why) in given_up {
+            self.give_up(id, why);
+        }
     }
 
     /// The measured costs, once they are there.
@@ -303,22 +310,25 @@ impl Run<'_> {
                     watching.next = monotonic_now() + plan.wait(self.governing.uniform());
                     return;
                 }
-                crate::attach::detach(self.targets[place].detach());
-                self.sampler.set(&self.programs, tgid, Interval::EXACT);
+                // While all breakpoints stand: they go one by one, and what is seen meanwhile does not fit together.
                 // Nothing of the rest counts: no window can see what happens in it.
                 let now = monotonic_now() + (process.governor.rest() * 1e9) as u64;
                 self.collector.core().watch_in_windows(tgid, now);
+                crate::attach::detach(self.targets[place].detach());
+                self.sampler.set(&self.programs, tgid, Interval::EXACT);
                 let next = now + plan.wait(self.governing.uniform());
                 process.watching =
                     Some(Watching { plan, next, ends: None, stood: 0, since: now, attached_at: now, windows: 0 });
             }
             Level::Released => {
-                crate::attach::detach(self.targets[place].detach());
                 process.watching = None;
-                let mut core = self.collector.core();
-                if !core.is_watched_in_windows(tgid) {
-                    core.watch_in_windows(tgid, monotonic_now());
+                {
+                    let mut core = self.collector.core();
+                    if !core.is_watched_in_windows(tgid) {
+                        core.watch_in_windows(tgid, monotonic_now());
+                    }
                 }
+                crate::attach::detach(self.targets[place].detach());
             }
         }
     }

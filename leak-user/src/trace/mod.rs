@@ -10,6 +10,7 @@ mod follow;
 mod governing;
 mod host;
 mod pages;
+mod reconcile;
 mod sampler;
 mod sink;
 mod summary;
@@ -38,6 +39,7 @@ use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
 use self::governing::Governing;
 use self::pages::Pages;
+use self::reconcile::Reconciling;
 use self::sampler::Sampler;
 use self::summary::{Moment, Snapshot};
 use self::system::System;
@@ -268,7 +270,7 @@ impl<'a> Run<'a> {
             files,
             symbols: Symbols::new().context("failed to start the symbolizer")?,
             code,
-            sampler: Sampler::default(),
+            sampler: Sampler::new(Reconciling::new(config.lose_addresses)),
             sampling: config.sampling,
             resampled: 0,
             governing: Governing::start(config),
@@ -692,6 +694,9 @@ impl<'a> Run<'a> {
         report.accounts = snapshot.accounts();
         if self.widenings > 0 {
             report.counters.insert("sampled_for_memory".to_owned(), self.widenings);
+        }
+        if self.sampler.addresses_dropped() > 0 {
+            report.counters.insert("sampled_addresses_dropped".to_owned(), self.sampler.addresses_dropped());
         }
         if self.names_dropped > 0 {
             report.counters.insert("names_dropped".to_owned(), self.names_dropped);

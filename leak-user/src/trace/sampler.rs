@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use leak_common::sampling::Interval;
 
 use super::collector::Collector;
+use super::reconcile::Reconciling;
 use crate::attach::Programs;
 use crate::ledger::ProcessLedger;
 use crate::losses::monotonic_now;
@@ -61,12 +62,22 @@ impl Process {
 }
 
 /// The traced processes' sampling.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sampler {
     processes: Vec<Process>,
+    reconciling: Reconciling,
 }
 
 impl Sampler {
+    pub fn new(reconciling: Reconciling) -> Self {
+        Self { processes: Vec::new(), reconciling }
+    }
+
+    /// Addresses in the kernel's map that belonged to no block, and were dropped.
+    pub fn addresses_dropped(&self) -> u64 {
+        self.reconciling.dropped()
+    }
+
     /// From now on a process that is traced is sampled with this interval, or exactly, unless its memory asks for a longer one. This
     /// is what whoever looks after the overhead calls; it may do so at any time, and it costs a store.
     pub fn set(&mut self, programs: &Programs, tgid: u32, interval: Interval) {
@@ -117,6 +128,8 @@ impl Sampler {
                 _ => {}
             }
         }
+        let filtered = self.processes.iter().filter(|process| process.state == State::Filtered);
+        self.reconciling.tend(programs, collector, filtered.map(|process| process.tgid));
     }
 
     /// The interval of a process.

@@ -172,6 +172,7 @@ impl Snapshot {
             ("stacks_over_cap", c.stacks_capped),
             ("blocks_over_cap", c.live_capped),
             ("live_sets_distrusted", c.distrusts),
+            ("sampled_blocks_unfollowed", c.unfollowed),
             ("distrusted_bytes", c.distrusted.bytes),
             ("records_undecodable", self.undecodable),
             ("notices_dropped", self.notices_dropped),

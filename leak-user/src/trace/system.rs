@@ -360,6 +360,22 @@ impl Run<'_> {
         }
     }
 
+    /// A process that even windows cost too much is traced no longer: where the scout picks who is, another may take its place, and it is
+    /// not picked again before it has grown by more.
+    pub(super) fn give_up(&mut self, id: ProcessId, why: String) {
+        let Some(mut system) = self.system.take() else { return };
+        if !system.all {
+            let time = self.started.elapsed().as_secs_f64();
+            system.scout.refuse(id);
+            self.release(
+                &mut system,
+                time,
+                &Decision { id, action: Action::Release, reason: Reason::OverBudget { why } },
+            );
+        }
+        self.system = Some(system);
+    }
+
     /// Forgets all that is known of a process that is not traced any more.
     pub(super) fn let_go(&mut self, id: ProcessId) {
         self.programs.forget_pages(id.tgid);

@@ -126,6 +126,7 @@ pub fn reason(reason: &Reason) -> String {
             format!("that it leaks has been known for {}, and others wait", duration(*seconds))
         }
         Reason::All => "all are traced".to_owned(),
+        Reason::OverBudget { why } => super::safe(why),
         Reason::Untraceable { error } => format!("it cannot be traced: {}", super::safe(error)),
     }
 }
