@@ -3,7 +3,7 @@
 //! Ten rows ([`tool`]) on five workloads; each cell ([`measure`]) is a fresh target. A machine is never quiet, so the rows
 //! take turns over several rounds, and what is compared is compared within a round ([`summary`]); [`table`] shows it. Program
 //! times cost time themselves, so throughput is measured without them. What unwind tables take ([`unwinding`]) and the time
-//! to the first traced allocation ([`first`]) are measured apart.
+//! to the first traced allocation ([`first`]) are measured apart, and so are heap profilers that have to be in the process ([`profilers`]).
 
 use std::env;
 use std::fs;
@@ -31,6 +31,7 @@ mod first;
 mod many;
 mod measure;
 mod peer;
+mod profilers;
 mod summary;
 mod table;
 mod tool;
@@ -70,6 +71,9 @@ pub struct Options {
     /// One round of half a second each: whether it works, and roughly how fast
     #[arg(long, conflicts_with_all = ["seconds", "rounds"])]
     quick: bool,
+    /// Only leaktrace beside heap profilers that have to be in the process: heaptrack, and jemalloc's own
+    #[arg(long)]
+    profilers: bool,
     /// The memleak to compare with [default: one in PATH, or the one that this brings]
     #[arg(long, value_name = "FILE")]
     memleak: Option<PathBuf>,
@@ -100,6 +104,10 @@ pub fn bench(options: &Options) -> Result<ExitCode> {
         return rerun_as_root(options);
     }
     watch_signals()?;
+    if options.profilers {
+        print!("{}", profilers::render(&profilers::measure(&tools(options)?)?));
+        return Ok(ExitCode::SUCCESS);
+    }
     let result = measure_all(options);
     if INTERRUPTED.load(Ordering::Relaxed) {
         eprintln!("bench: interrupted");
@@ -143,6 +151,9 @@ fn rerun_as_root(options: &Options) -> Result<ExitCode> {
     if let Some(path) = &options.json {
         command.arg("--json").arg(path);
     }
+    if options.profilers {
+        command.arg("--profilers");
+    }
     // sudo replaces PATH.
     if let Some(path) = options.memleak.clone().or_else(peer::in_path) {
         command.arg("--memleak").arg(path);
@@ -162,16 +173,21 @@ fn watch_signals() -> Result<()> {
     Ok(())
 }
 
+fn tools(options: &Options) -> Result<Tools> {
+    let release = target_dir()?.join("release");
+    let memleak = peer::find(options.memleak.as_deref());
+    Ok(Tools { leaktrace: release.join("leaktrace"), floor: release.join("examples/floor"), memleak })
+}
+
 fn measure_all(options: &Options) -> Result<(Summary, Option<tempfile::NamedTempFile>)> {
     // Found out before minutes are spent.
     let json = options.json.as_deref().map(unfinished).transpose()?;
     let plan = options.plan();
     let release = target_dir()?.join("release");
-    let memleak = peer::find(options.memleak.as_deref());
-    if let Err(why) = &memleak {
+    let tools = tools(options)?;
+    if let Err(why) = &tools.memleak {
         eprintln!("bench: memleak is not measured: {why}");
     }
-    let tools = Tools { leaktrace: release.join("leaktrace"), floor: release.join("examples/floor"), memleak };
     let targets = Targets::build()?;
     let _stats = measure::without_run_times()?;
     let mut cells: Vec<Vec<Cell>> = Vec::new();
@@ -200,7 +216,9 @@ fn measure_all(options: &Options) -> Result<(Summary, Option<tempfile::NamedTemp
     let first = measure_first(&tools, &targets, plan)?;
     eprintln!("bench: many processes");
     let many = many::measure(&tools, &targets.frame_pointers, plan)?;
-    let summary = Summary::new(plan, &WORKLOADS, cells, tools.memleak.err()).with(tables, first, many);
+    eprintln!("bench: heap profilers");
+    let profiled = profilers::measure(&tools)?;
+    let summary = Summary::new(plan, &WORKLOADS, cells, tools.memleak.err()).with(tables, first, many, profiled);
     Ok((summary, json))
 }
 

@@ -8,6 +8,7 @@ use super::Workload;
 use super::first::{self, First};
 use super::many::Many;
 use super::measure::{Cell, Plan, ReportFigures, TracerFigures};
+use super::profilers::Profiled;
 use super::tool::Row;
 use super::unwinding::Tables;
 
@@ -19,6 +20,7 @@ pub struct Summary {
     /// Of each program, each round.
     pub first: Vec<(first::Program, Vec<First>)>,
     pub many: Many,
+    pub profiled: Vec<Profiled>,
     /// Why there is no memleak, if there is none.
     pub memleak_missing: Option<String>,
     pub host: Host,
@@ -92,6 +94,7 @@ impl Summary {
             tables: Vec::new(),
             first: Vec::new(),
             many: Many::default(),
+            profiled: Vec::new(),
             memleak_missing,
             host: Host::this(libc),
         }
@@ -99,8 +102,14 @@ impl Summary {
 
     /// Adds what is measured apart from the workloads.
     #[must_use]
-    pub fn with(self, tables: Vec<Tables>, first: Vec<(first::Program, Vec<First>)>, many: Many) -> Self {
-        Self { tables, first, many, ..self }
+    pub fn with(
+        self,
+        tables: Vec<Tables>,
+        first: Vec<(first::Program, Vec<First>)>,
+        many: Many,
+        profiled: Vec<Profiled>,
+    ) -> Self {
+        Self { tables, first, many, profiled, ..self }
     }
 
     pub fn rounds(&self) -> u32 {
@@ -132,6 +141,7 @@ impl Summary {
                 "targets": targets_json(tables.targets()),
             })).collect::<Vec<_>>(),
             "many_processes": self.many,
+            "profilers": self.profiled,
             "first_allocation": self.first.iter().map(|(program, runs)| json!({
                 "program": program.name(),
                 "seconds": first_seconds(runs),

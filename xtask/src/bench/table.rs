@@ -60,6 +60,7 @@ pub fn render(summary: &Summary) -> String {
     unwind_tables(&mut text, summary);
     first_allocation(&mut text, summary);
     text += &summary.many.render();
+    text += &super::profilers::render(&summary.profiled);
     let share = summary.workloads.iter().filter_map(Measured::share).reduce(f64::min).filter(|share| *share < QUIET);
     if let Some(share) = share {
         let _ = writeln!(
