@@ -30,6 +30,8 @@ const LEAST_DRIFT: f64 = 3.0;
 const SAMPLES: usize = 64;
 /// A traced process that has been steady for so many seconds, by its verdict and by its resident set, is released.
 const STEADY: f64 = 30.0;
+/// What could not be traced within the budget is left alone for so many seconds, and twice as long each time after that.
+const TOO_DEAR: f64 = 300.0;
 /// A leak that has been known for so many seconds is settled.
 const SETTLED: f64 = 120.0;
 
@@ -89,6 +91,8 @@ struct Track {
     released: u32,
     /// Where its memory stood when it was released last.
     bar: u64,
+    /// Until then it is not promoted.
+    not_before: f64,
 }
 
 #[derive(Debug)]
@@ -184,6 +188,14 @@ impl Scout {
         }
     }
 
+    /// A promoted process costs more than the budget allows: for a while it is only watched on, however fast it grows.
+    pub fn too_dear(&mut self, id: ProcessId, time: f64) {
+        if let Some(track) = self.tracks.get_mut(&id) {
+            track.release();
+            track.not_before = time + TOO_DEAR * f64::from(1_u32 << (track.released - 1).min(8));
+        }
+    }
+
     /// Processes whose memory rises and of which it is not known what leaks in them, with the growth in bytes a second, the
     /// fastest first.
     pub fn unexplained(&self, time: f64) -> Vec<(ProcessId, f64)> {
@@ -232,7 +244,7 @@ impl Scout {
         let mut waiting: Vec<(ProcessId, Rise)> = self
             .tracks
             .iter()
-            .filter(|(_, track)| track.traced.is_none())
+            .filter(|(_, track)| track.traced.is_none() && time >= track.not_before)
             .filter_map(|(id, track)| Some((*id, track.rise(time)?)))
             .collect();
         waiting.sort_by(|(a, ra), (b, rb)| {
@@ -288,6 +300,23 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     const MIB: u64 = 1 << 20;
+
+    /// What costs too much is not promoted again for minutes though it grows by megabytes, and for longer each time.
+    #[test]
+    fn too_dear_for_a_while() {
+        let mut scout = Scout::new(Limits::default());
+        let mut promoted = Vec::new();
+        for second in 0..1200_u32 {
+            let time = f64::from(second);
+            scout.sample(id(1), time, u64::from(second) * 10 * MIB);
+            if scout.decide(time).iter().any(|decision| decision.action == Action::Promote) {
+                promoted.push(time);
+                scout.too_dear(id(1), time);
+            }
+        }
+        assert_eq!(promoted.len(), 3, "{promoted:?}");
+        assert!(promoted[1] - promoted[0] >= TOO_DEAR && promoted[2] - promoted[1] >= 2.0 * TOO_DEAR, "{promoted:?}");
+    }
 
     fn id(tgid: u32) -> ProcessId {
         ProcessId { tgid, start_time: 1 }

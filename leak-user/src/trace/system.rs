@@ -361,12 +361,12 @@ impl Run<'_> {
     }
 
     /// A process that even windows cost too much is traced no longer: where the scout picks who is, another may take its place, and it is
-    /// not picked again before it has grown by more.
+    /// not picked again for a while.
     pub(super) fn give_up(&mut self, id: ProcessId, why: String) {
         let Some(mut system) = self.system.take() else { return };
         if !system.all {
             let time = self.started.elapsed().as_secs_f64();
-            system.scout.refuse(id);
+            system.scout.too_dear(id, time);
             self.release(
                 &mut system,
                 time,
