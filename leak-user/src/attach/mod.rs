@@ -645,11 +645,6 @@ impl Programs {
         self.samplings.addresses()
     }
 
-    /// Drops these blocks of a process; says how many were there.
-    pub fn drop_addresses(&self, tgid: u32, addresses: &[u64]) -> usize {
-        self.samplings.drop_addresses(tgid, addresses)
-    }
-
     /// Drops the blocks of a process that were allocated before `time`, because it has ended, or executed a new program.
     pub fn purge_addresses(&self, tgid: u32, time: u64) {
         match self.samplings.purge(tgid, time) {

@@ -30,6 +30,13 @@ pub struct Samplings {
     _maps: [MapData; 2],
 }
 
+impl super::Programs {
+    /// Drops these blocks of a process; says how many were there.
+    pub fn drop_addresses(&self, tgid: u32, addresses: &[u64]) -> usize {
+        self.samplings.drop_addresses(tgid, addresses)
+    }
+}
+
 impl Samplings {
     pub fn take(words: Map, hits: Map, addresses: Map) -> Result<Self> {
         let (Map::Array(map), Map::Array(hits_map), Map::HashMap(addresses)) = (words, hits, addresses) else {

@@ -22,7 +22,7 @@ const ARGS: [&str; 8] = ["--rate", "524288", "--block", "256", "--cache-mb", "16
 const LEAK: &str = "leak_block";
 /// Enough for a verdict.
 const TIME: Duration = Duration::from_secs(20);
-const SETTLE: Duration = Duration::from_secs(1);
+const SETTLE: Duration = Duration::from_secs(3);
 
 const HEAPTRACK: &str = "/usr/lib/heaptrack/libheaptrack_preload.so";
 const INTERPRET: &str = "/usr/lib/heaptrack/libexec/heaptrack_interpret";
@@ -137,7 +137,8 @@ fn one(tools: &Tools, program: &Path, with: With) -> Result<(f64, Vec<String>)> 
     }
     let mut fixture = builder.start()?;
     let tracer = match with {
-        With::Leaktrace(row) => tools.attach(row, fixture.pid())?,
+        // Whether it is attached its breakpoints would tell only if they stayed.
+        With::Leaktrace(row) => tools.start(row, fixture.pid())?,
         _ => None,
     };
     sleep(SETTLE);
