@@ -8,10 +8,13 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_ringbuf_output};
-use leak_common::ring::{COMMITTED, MAX_RECORD};
+use leak_common::ring::{self, Lane, MAX_RECORD};
 use leak_common::{Free, Header, Missed, counter};
 
-use crate::maps::{EVENTS, MISSED, POSITIONS, RING, count, lost, own_ring, ring_limit, ring_mask};
+use crate::maps::{
+    EVENTS, MISSED, POSITIONS, RING, count, lane_mask, lane_stride, lost, own_ring, ring_limit, ring_mask,
+};
+use crate::thread::Ids;
 
 /// Adds to a word that all CPUs share and gives what it was before: BPF's own instruction, which core does not offer for
 /// this target. It orders all memory accesses.
@@ -25,88 +28,108 @@ unsafe fn fetch_add(cell: *mut u64, by: u64) -> u64 {
     value
 }
 
-/// Takes a place of `size` bytes, header included, in the ring: the address of its header. `None` where it is full.
+/// The bits of `value` that `mask` has. In assembler, so that LLVM leaves it where the verifier can follow it: to that the mask is a
+/// constant, since settings are frozen.
 #[inline(always)]
-fn reserve(size: u64) -> Option<*mut u64> {
+fn masked(value: u64, mask: u64) -> u64 {
+    let mut value = value;
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        core::arch::asm!("{value} &= {mask}", value = inout(reg) value, mask = in(reg) mask);
+    }
+    value
+}
+
+/// A place for a record.
+struct Place {
+    header: *mut u64,
+    number: u64,
+}
+
+/// Takes a place of `size` bytes, header included, in the lane of the thread `tid`, and a number. `None` where the lane is full.
+#[inline(always)]
+fn reserve(tid: u32, size: u64) -> Option<Place> {
     let positions = POSITIONS.get_ptr_mut(0)?;
     let ring = RING.get_ptr_mut(0)?.cast::<u64>();
-    // SAFETY: a valid map value, whose words are aligned. All sides reach `producer` by atomic operations; `consumer` is one
-    // word that user space writes.
-    let position = unsafe {
-        let producer = &raw mut (*positions).producer;
-        let consumer = core::ptr::read_volatile(&raw const (*positions).consumer);
+    let lane = masked(u64::from(tid), lane_mask());
+    // SAFETY: a valid map value, whose words are aligned, and a lane that is there. All sides reach `producer` and `next` by atomic
+    // operations; `consumer` is one word that user space writes.
+    let (position, number) = unsafe {
+        let positions = &raw mut *positions;
+        let of_lane = (&raw mut (*positions).lanes).cast::<Lane>().add(lane as usize);
+        let producer = &raw mut (*of_lane).producer;
+        let consumer = core::ptr::read_volatile(&raw const (*of_lane).consumer);
         if core::ptr::read_volatile(producer).wrapping_sub(consumer) > ring_limit() {
             return None;
         }
-        fetch_add(producer, size)
+        // The number last: once it is taken, user space waits for the record.
+        (fetch_add(producer, size), fetch_add(&raw mut (*positions).next, 1))
     };
-    let mut at = position;
-    // SAFETY: arithmetic on registers. In assembler, so that LLVM leaves it where the verifier can follow it: to that the mask is a
-    // constant, since settings are frozen. Places are multiples of eight; the verifier wants to see that before an atomic operation.
-    unsafe {
-        core::arch::asm!("{at} &= {mask}", at = inout(reg) at, mask = in(reg) ring_mask());
-    }
-    // SAFETY: the ring is longer than its size by the longest record.
-    Some(unsafe { ring.byte_add(at as usize) })
+    // Places are multiples of eight; the verifier wants to see that before an atomic operation.
+    let at = masked(position, ring_mask());
+    // SAFETY: a lane is longer than its size by the longest record.
+    let header = unsafe { ring.byte_add((lane * lane_stride()) as usize).byte_add(at as usize) };
+    Some(Place { header, number })
 }
 
-/// Makes a record of `length` bytes behind `header` visible to user space.
+/// Makes a record of `length` bytes behind the header visible to user space.
 ///
 /// # Safety
-/// `header` must be what [`reserve`] gave.
+/// The place must be what [`reserve`] gave.
 #[inline(always)]
-unsafe fn commit(header: *mut u64, length: u64) {
+unsafe fn commit(place: &Place, length: u64) {
+    let header = ring::header(place.number, length);
     // SAFETY: the caller's promise. x86 keeps the order of stores; elsewhere the exchange does.
     unsafe {
         #[cfg(bpf_target_arch = "x86_64")]
-        core::ptr::write_volatile(header, length | COMMITTED);
+        core::ptr::write_volatile(place.header, header);
         #[cfg(not(bpf_target_arch = "x86_64"))]
         {
-            let mut value = length | COMMITTED;
-            core::arch::asm!("{value} = xchg_64({header} + 0, {value})", header = in(reg) header, value = inout(reg) value);
+            let mut value = header;
+            core::arch::asm!("{value} = xchg_64({header} + 0, {value})", header = in(reg) place.header, value = inout(reg) value);
             let _ = value;
         }
     }
 }
 
-/// Copies a record into the ring; false where it is full.
+/// Copies a record into the lane of the thread `tid`, which is the current one; false where it is full.
 #[inline(always)]
-pub fn output<T>(record: &T) -> bool {
+pub fn output<T>(tid: u32, record: &T) -> bool {
     const { assert!(size_of::<T>().is_multiple_of(8) && size_of::<T>() + 8 <= MAX_RECORD) };
     let length = size_of::<T>() as u64;
     if own_ring() {
-        let Some(place) = reserve(length + 8) else {
+        let Some(place) = reserve(tid, length + 8) else {
             return false;
         };
         let from = core::ptr::from_ref(record).cast::<u64>();
         for word in 0..size_of::<T>() / 8 {
             // SAFETY: the record has that many words, all initialised (no implicit padding, see leak_common), and the place
             // is as long. Volatile, so that it is not put off until after the header.
-            unsafe { core::ptr::write_volatile(place.add(1 + word), *from.add(word)) };
+            unsafe { core::ptr::write_volatile(place.header.add(1 + word), *from.add(word)) };
         }
         // SAFETY: it was just reserved.
-        unsafe { commit(place, length) };
+        unsafe { commit(&place, length) };
         return true;
     }
     // SAFETY: the record is initialised to its last byte and lies on the stack.
     unsafe { to_kernel_ring(core::ptr::from_ref(record).cast_mut().cast::<c_void>(), length) }
 }
 
-/// Copies `length` bytes (at most [`MAX_RECORD`] less eight, a multiple of eight) from a map value into the ring; false where it
-/// is full.
+/// Copies `length` bytes (at most [`MAX_RECORD`] less eight, a multiple of eight) from a map value into the lane of the thread `tid`;
+/// false where it is full.
 ///
 /// # Safety
 /// `record` must point to so many initialised bytes.
 #[inline(always)]
-pub unsafe fn output_bytes(record: *mut c_void, length: u64) -> bool {
+pub unsafe fn output_bytes(tid: u32, record: *mut c_void, length: u64) -> bool {
     if own_ring() {
-        let Some(place) = reserve(length + 8) else {
+        let Some(place) = reserve(tid, length + 8) else {
             return false;
         };
         // SAFETY: the place holds that many bytes. Reading kernel memory that is there cannot fail.
         unsafe {
-            bpf_probe_read_kernel(place.add(1).cast::<c_void>(), length as u32, record);
-            commit(place, length);
+            bpf_probe_read_kernel(place.header.add(1).cast::<c_void>(), length as u32, record);
+            commit(&place, length);
         }
         return true;
     }
@@ -125,8 +148,8 @@ unsafe fn to_kernel_ring(record: *mut c_void, length: u64) -> bool {
 
 /// Writes a record whose loss costs only accuracy.
 #[inline(always)]
-pub fn emit<T>(record: T, lost: u32) -> bool {
-    if output(&record) {
+pub fn emit<T>(tid: u32, record: T, lost: u32) -> bool {
+    if output(tid, &record) {
         return true;
     }
     count(lost);
@@ -135,9 +158,9 @@ pub fn emit<T>(record: T, lost: u32) -> bool {
 
 /// Writes what happened to this process's mappings, or to itself. Should it get lost, all that is live there is doubtful.
 #[inline(always)]
-pub fn emit_change<T>(tgid: u32, record: T) {
-    if !output(&record) {
-        lost(tgid, counter::RING_FULL_OTHER);
+pub fn emit_change<T>(ids: Ids, record: T) {
+    if !output(ids.tid, &record) {
+        lost(ids.tgid, counter::RING_FULL_OTHER);
     }
 }
 
@@ -150,9 +173,9 @@ pub const fn header(kind: u8, op: u8, flags: u16, tgid: u32) -> Header {
 /// ring is full the address is kept aside, and where even that is full the loss is counted and user space takes all that
 /// was live then out of its verdicts.
 #[inline(always)]
-pub fn emit_free(tgid: u32, addr: u64, time: u64) {
-    if !output(&Free { header: header(leak_common::kind::FREE, 0, 0, tgid), addr, time }) {
-        missed_free(tgid, addr, time);
+pub fn emit_free(ids: Ids, addr: u64, time: u64) {
+    if !output(ids.tid, &Free { header: header(leak_common::kind::FREE, 0, 0, ids.tgid), addr, time }) {
+        missed_free(ids.tgid, addr, time);
     }
 }
 

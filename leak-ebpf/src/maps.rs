@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf};
-use leak_common::ring::{MARGIN, MAX_RECORD, Positions, RING_SIZE};
+use leak_common::ring::{MARGIN, MAX_RECORD, Positions, RING_SIZE, stride};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::{Range, Target};
 use leak_common::{Clock, Hits, Missed, PageKey, counter};
@@ -16,7 +16,7 @@ use crate::thread::Thread;
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
 
-/// The records of all processes. One ring: the order of places is then the order of events, also between threads and CPUs.
+/// The records of all processes, in lanes (`leak_common::ring`). As the object has it, in one.
 #[map]
 pub static RING: Array<[u64; (RING_SIZE as usize + MAX_RECORD) / 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
@@ -147,12 +147,18 @@ static TAIL_CALLS: u64 = 1;
 /// Whether records go to [`RING`]; otherwise to [`EVENTS`].
 #[unsafe(no_mangle)]
 static OWN_RING: u64 = 1;
-/// The bits of a position that are a place in [`RING`]: its size less eight, as places are multiples of eight.
+/// The bits of a position that are a place in a lane of [`RING`]: its size less eight, as places are multiples of eight.
 #[unsafe(no_mangle)]
 static RING_MASK: u64 = RING_SIZE - 8;
-/// Bytes in [`RING`] beyond which it is full.
+/// Bytes in a lane beyond which it is full.
 #[unsafe(no_mangle)]
 static RING_LIMIT: u64 = RING_SIZE - MARGIN;
+/// The bits of a thread's id that name its lane.
+#[unsafe(no_mangle)]
+static LANE_MASK: u64 = 0;
+/// Bytes from one lane to the next.
+#[unsafe(no_mangle)]
+static LANE_STRIDE: u64 = stride(RING_SIZE);
 /// Whether stacks are unwound with tables; otherwise by frame pointers alone.
 #[unsafe(no_mangle)]
 static USE_TABLES: u64 = 1;
@@ -241,16 +247,28 @@ pub fn own_ring() -> bool {
     setting!(OWN_RING) != 0
 }
 
-/// The bits of a position that are a place in [`RING`].
+/// The bits of a position that are a place in a lane of [`RING`].
 #[inline(always)]
 pub fn ring_mask() -> u64 {
     setting!(RING_MASK)
 }
 
-/// Bytes in [`RING`] beyond which it is full.
+/// Bytes in a lane of [`RING`] beyond which it is full.
 #[inline(always)]
 pub fn ring_limit() -> u64 {
     setting!(RING_LIMIT)
+}
+
+/// The bits of a thread's id that name its lane.
+#[inline(always)]
+pub fn lane_mask() -> u64 {
+    setting!(LANE_MASK)
+}
+
+/// Bytes from one lane of [`RING`] to the next.
+#[inline(always)]
+pub fn lane_stride() -> u64 {
+    setting!(LANE_STRIDE)
 }
 
 /// Whether stacks are unwound with tables.

@@ -149,7 +149,7 @@ fn enter(
     thread.interval = u64::from(interval.code());
     if !size_is_followed(size) {
         if resizes && may_be_followed(sampling, ids.tgid, pointer) {
-            emit_free(ids.tgid, pointer, now);
+            emit_free(ids, pointer, now);
         }
         return remember(thread, frame, now);
     }
@@ -175,7 +175,7 @@ fn enter(
             tid: ids.tid,
             reserved: 0,
         };
-        if !output(&begin) {
+        if !output(ids.tid, &begin) {
             // The block may be gone when realloc returns: it is treated as freed, and the result as a new one.
             missed_free(ids.tgid, pointer, now);
         }
@@ -221,7 +221,7 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
         },
     };
     if may_be_followed(sampling, ids.tgid, addr) {
-        emit_free(ids.tgid, addr, now);
+        emit_free(ids, addr, now);
     }
 }
 
@@ -302,7 +302,7 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             tid: ids.tid,
             reserved: 0,
         };
-        if !output(&end) {
+        if !output(ids.tid, &end) {
             count(counter::RING_FULL_ALLOC);
             missed_end(ids.tgid, ids.tid, end.time);
         }
@@ -315,7 +315,7 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             // The time of entry: a tick more or less does not matter, and it saves a call.
             time: thread.time,
         };
-        if !output(&alloc) {
+        if !output(ids.tid, &alloc) {
             count(counter::RING_FULL_ALLOC);
         }
     }
@@ -388,7 +388,7 @@ fn enter_shape(ctx: &ProbeContext, thread: Option<&'static mut Thread>, (ids, se
             && arguments.pointer != 0
             && may_be_followed(sampling, ids.tgid, arguments.pointer)
         {
-            emit_free(ids.tgid, arguments.pointer, now());
+            emit_free(ids, arguments.pointer, now());
         }
         return NO_RETURN;
     };

@@ -131,7 +131,7 @@ fn enter(ctx: *mut c_void, number: u64, registers: u64, what: For) {
             tid: ids.tid,
             reserved: 0,
         };
-        emit_change(ids.tgid, unmap);
+        emit_change(ids, unmap);
     }
     if number == nr::MREMAP {
         call.size = args[2];
@@ -167,18 +167,18 @@ fn leave(result: u64) {
                 raise_generation();
                 let flags = if file { flag::FILE } else { 0 };
                 let map = map(kind::MAP_EXEC, flags, ids.tgid, result, call.size, 0, now);
-                emit_change(ids.tgid, map);
+                emit_change(ids, map);
             }
             if !in_allocator {
                 let flags = if file { flag::FILE } else { 0 };
                 let map = map(kind::MAP, flags, ids.tgid, result, call.size, call.stack, now);
-                emit(map, counter::RING_FULL_ALLOC);
+                emit(ids.tid, map, counter::RING_FULL_ALLOC);
             }
         }
         nr::MUNMAP if failed => {
             let end =
                 UnmapEnd { header: header(kind::UNMAP_FAILED, op::MAPPING, 0, ids.tgid), tid: ids.tid, reserved: 0 };
-            emit_change(ids.tgid, end);
+            emit_change(ids, end);
         }
         nr::MREMAP if !in_allocator => {
             let end = RemapEnd {
@@ -190,12 +190,12 @@ fn leave(result: u64) {
                 tid: ids.tid,
                 reserved: 0,
             };
-            emit_change(ids.tgid, end);
+            emit_change(ids, end);
         }
         nr::BRK => {
             let flags = if in_allocator { flag::IN_ALLOCATOR } else { 0 };
             let map = map(kind::BRK, flags, ids.tgid, result, 0, call.stack, now);
-            emit_change(ids.tgid, map);
+            emit_change(ids, map);
         }
         _ => {}
     }

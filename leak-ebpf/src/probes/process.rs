@@ -27,7 +27,7 @@ fn process_exec(ctx: RawTracePointContext) -> u32 {
     raise_generation();
     debug!(&ctx, "exec in process {}", ids.tgid);
     let process = Process { header: header(kind::EXEC, 0, 0, ids.tgid), time: now(), tid: old as u32, other: 0 };
-    emit_change(ids.tgid, process);
+    emit_change(ids, process);
     0
 }
 
@@ -50,7 +50,7 @@ fn process_fork(ctx: RawTracePointContext) -> u32 {
         return 0;
     }
     let process = Process { header: header(kind::FORK, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: tgid };
-    emit_change(ids.tgid, process);
+    emit_change(ids, process);
     0
 }
 
@@ -65,7 +65,7 @@ fn process_exit(_ctx: RawTracePointContext) -> u32 {
     }
     if ids.tid == ids.tgid {
         let process = Process { header: header(kind::EXIT, 0, 0, ids.tgid), time: now(), tid: ids.tid, other: 0 };
-        emit_change(ids.tgid, process);
+        emit_change(ids, process);
     }
     0
 }

@@ -233,7 +233,7 @@ fn publish(walk: &mut Walk, hash: u64) -> bool {
     let bytes = size_of::<StackHeader>() as u64 + frames * 8;
     // SAFETY: record and pcs are adjacent (both are multiples of eight bytes in a repr(C) structure) and hold at
     // least that many bytes.
-    let sent = unsafe { output_bytes((&raw mut walk.record).cast::<c_void>(), bytes) };
+    let sent = unsafe { output_bytes(ids().tid, (&raw mut walk.record).cast::<c_void>(), bytes) };
     if !sent {
         count(counter::RING_FULL_STACK);
         return false;

@@ -28,7 +28,7 @@ use aya_obj::Object;
 use btf::Btf;
 use close::close_all;
 pub use floor::Floor;
-use leak_common::ring::MAX_RECORD;
+use leak_common::ring::{MARGIN, stride};
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
 use leak_common::{Hits, op};
@@ -93,7 +93,7 @@ fn has_map_allocator() -> bool {
 ///   more than 4 MiB (`KMALLOC_MAX_SIZE`, until 5.12).
 /// - Without an allocator for maps the tables of threads and of addresses take their memory in advance.
 fn object(maps: &BTreeMap<String, Definition>, own_ring: Option<u64>, map_allocator: bool) -> Result<Vec<u8>> {
-    let ring = own_ring.map_or(8, |size| size + MAX_RECORD as u64);
+    let ring = own_ring.unwrap_or(8);
     let mut changes: Vec<(&str, usize, u32)> = vec![("RING", MAP_VALUE_SIZE, u32::try_from(ring)?)];
     if !map_allocator {
         changes.push(("THREADS", MAP_FLAGS, 0));
@@ -109,8 +109,9 @@ fn object(maps: &BTreeMap<String, Definition>, own_ring: Option<u64>, map_alloca
 
 /// Bytes of the kernel's own ring buffer, where it is used: whole pages, a power of two.
 fn kernel_ring(sizes: &sizes::Sizes) -> u32 {
-    let asked = sizes.ring.min(sizes.ring_limit.next_power_of_two()).max(page_size() as u64);
-    u32::try_from(asked).unwrap_or(u32::MAX)
+    let usual = sizes.ring_limit == sizes.lane() - MARGIN;
+    let asked = if usual { sizes.ring } else { sizes.ring_limit.next_power_of_two() };
+    u32::try_from(asked.max(page_size() as u64)).unwrap_or(u32::MAX)
 }
 
 /// The entry program of a shape of function, where each has its own.
@@ -260,7 +261,8 @@ pub struct Programs {
     /// What hangs on those links.
     watchers: Vec<OwnedFd>,
     mapping_hook: MappingHook,
-    own_ring: bool,
+    /// The lanes of our own ring and the bytes of one, where records come through that.
+    lanes: Option<(u64, u64)>,
     tables: bool,
     pages: Option<Pages>,
     births: Option<BpfHashMap<MapData, u32, u8>>,
@@ -360,8 +362,10 @@ impl Programs {
             ("OWN_RING", u64::from(own_ring)),
             ("HAS_LOOP", u64::from(has_loop)),
             ("TAIL_CALLS", u64::from(tail_calls)),
-            ("RING_MASK", sizes.ring - 8),
+            ("RING_MASK", sizes.lane() - 8),
             ("RING_LIMIT", sizes.ring_limit),
+            ("LANE_MASK", sizes.lanes - 1),
+            ("LANE_STRIDE", stride(sizes.lane())),
         ];
         for (name, value) in &globals {
             loader.override_global(name, value, true);
@@ -369,7 +373,7 @@ impl Programs {
         let address_mask = address_mask();
         // Where nothing is signed the programs do not ask.
         loader.override_global("ADDRESS_MASK", &address_mask, cfg!(target_arch = "aarch64"));
-        let bytes = object(&maps, own_ring.then_some(sizes.ring), map_allocator)?;
+        let bytes = object(&maps, own_ring.then_some(sizes.whole_ring()), map_allocator)?;
         if let Some(owners) = sizes.owners {
             loader.map_max_entries("OWNERS", owners);
         }
@@ -413,7 +417,7 @@ impl Programs {
             system_links: Vec::new(),
             watchers: Vec::new(),
             mapping_hook: MappingHook::NotAtAll,
-            own_ring,
+            lanes: own_ring.then_some((sizes.lanes, sizes.lane())),
             tables,
             pages: None,
             births: None,
@@ -520,9 +524,9 @@ impl Programs {
         std::mem::take(&mut self.watchers)
     }
 
-    /// Whether records come through our own ring.
-    pub fn has_own_ring(&self) -> bool {
-        self.own_ring
+    /// The lanes of our own ring and the bytes of one, where records come through that.
+    pub(crate) fn lanes(&self) -> Option<(u64, u64)> {
+        self.lanes
     }
 
     /// Whether stacks are unwound with tables: where that was asked for, and the kernel follows such a walk.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result, bail};
-use leak_common::ring::{MARGIN, MAX_RECORD, MIN_RING_SIZE, RING_SIZE};
+use leak_common::ring::{LANES, MARGIN, MAX_RECORD, MIN_RING_SIZE, RING_SIZE, stride};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
 /// Offsets in `struct bpf_map_def`: type, size of keys, size of values, number of elements, flags.
@@ -100,7 +100,7 @@ pub(super) fn definitions(object: &[u8]) -> Result<BTreeMap<String, Definition>>
 /// Sizes that a test asks for, to fill what is otherwise hard to fill.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
-    /// Bytes in the ring at which it counts as full. Not its size: beyond this there has to be room for what was begun.
+    /// Bytes in a lane of the ring at which it counts as full. Not its size: beyond this there has to be room for what was begun.
     pub ring: Option<u32>,
     /// Threads, both in the common slots and beyond them.
     pub threads: Option<u32>,
@@ -113,7 +113,9 @@ pub struct Asked {
 pub struct Sizes {
     /// Bytes of the ring, a power of two.
     pub ring: u64,
-    /// Bytes in it at which it counts as full.
+    /// Its lanes, a power of two.
+    pub lanes: u64,
+    /// Bytes in a lane at which it counts as full.
     pub ring_limit: u64,
     /// Rows of unwind tables.
     pub rows: u32,
@@ -127,6 +129,18 @@ pub struct Sizes {
     pub owners: Option<u32>,
     /// Bytes that all maps take at most.
     pub bytes: u64,
+}
+
+impl Sizes {
+    /// Bytes of a lane of the ring.
+    pub fn lane(&self) -> u64 {
+        self.ring / self.lanes
+    }
+
+    /// Bytes of the ring as it lies in memory.
+    pub fn whole_ring(&self) -> u64 {
+        self.lanes * stride(self.lane())
+    }
 }
 
 /// What is asked for besides, as far as there is room.
@@ -156,7 +170,7 @@ pub(super) fn plan(
     let (missed, threads) = (of("MISSED")?.element(), of("THREADS")?.element());
     let address = of("ADDRESSES")?.element();
     let table = u64::from(rows) * size_of::<u64>() as u64;
-    let Some(rest) = most.checked_sub(fixed + table + CHOSEN.len() as u64 * MAP + MAX_RECORD as u64) else {
+    let Some(rest) = most.checked_sub(fixed + table + CHOSEN.len() as u64 * MAP + (LANES * MAX_RECORD) as u64) else {
         bail!("{most} bytes of kernel memory are too few: {fixed} are needed, and {table} for unwind tables");
     };
     // The ring is what decides whether anything is lost, so it gets up to half.
@@ -179,19 +193,22 @@ pub(super) fn plan(
             "{most} bytes of kernel memory are too few: there is room for {thread_count} threads beyond the common ones"
         );
     }
-    let ring_limit = asked.ring.map_or(ring - MARGIN, |limit| u64::from(limit).min(ring - MARGIN));
+    // No more lanes than processors: they are for threads that run at the same time.
+    let lanes = (LANES as u64).min(processors().next_power_of_two()).min(ring / MIN_RING_SIZE);
+    let full = ring / lanes - MARGIN;
+    let ring_limit = asked.ring.map_or(full, |limit| u64::from(limit).min(full));
     let (missed_count, thread_count) = (asked.missed.unwrap_or(missed_count), asked.threads.unwrap_or(thread_count));
     let bytes = fixed
         + table
         + CHOSEN.len() as u64 * MAP
-        + MAX_RECORD as u64
+        + (LANES * MAX_RECORD) as u64
         + ring
         + u64::from(missed_count) * missed
         + u64::from(address_count) * address
         + u64::from(thread_count) * threads;
     let owners = asked.threads;
     let (missed, addresses, threads) = (missed_count, address_count, thread_count);
-    Ok(Sizes { ring, ring_limit, rows, missed, addresses, threads, owners, bytes })
+    Ok(Sizes { ring, lanes, ring_limit, rows, missed, addresses, threads, owners, bytes })
 }
 
 /// Bytes of kernel memory that maps take now, as the kernel counts them (before 6.4: could take at most). `None` where it does not
@@ -238,7 +255,8 @@ mod tests {
             let sizes = plan_for(most, 1 << 16).unwrap_or_else(|error| panic!("{mib} MiB: {error:#}"));
             assert!(sizes.bytes <= most, "{sizes:?} within {mib} MiB");
             assert!(sizes.ring.is_power_of_two() && sizes.ring >= MIN_RING_SIZE);
-            assert_eq!(sizes.ring_limit, sizes.ring - MARGIN);
+            assert!(sizes.lanes.is_power_of_two() && sizes.lanes <= LANES as u64);
+            assert_eq!(sizes.ring_limit, sizes.lane() - MARGIN);
             if let Some((ring, missed)) = before {
                 assert!(sizes.ring >= ring && sizes.missed >= missed, "{mib} MiB: {sizes:?}");
             }

@@ -42,9 +42,9 @@ impl Ring {
         Ok(Self { consumer, producer, data_offset: page, size: u64::from(size), position, _map: map })
     }
 
-    /// Bytes that wait to be taken.
-    pub fn pending(&self) -> u64 {
-        self.end().wrapping_sub(self.position)
+    /// See [`super::Ring::is_crowded`].
+    pub fn is_crowded(&self) -> bool {
+        self.end().wrapping_sub(self.position) > self.size / 2
     }
 
     /// Where the next record will be put: behind all for which the kernel has handed out a place by now.
@@ -55,11 +55,6 @@ impl Ring {
     /// Up to where records have been taken.
     pub fn position(&self) -> u64 {
         self.position
-    }
-
-    /// The ring's size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
     }
 
     /// Hands records to `each`, oldest first and several at a time, up to [`Self::end`] as it was at some time. Ends early at

@@ -28,30 +28,21 @@ pub enum Ring {
 impl Ring {
     /// The ring of these programs; it can be taken once.
     pub fn take(programs: &mut Programs) -> Result<Self> {
-        if programs.has_own_ring() {
-            shared::Ring::take(programs).map(Self::Shared)
-        } else {
-            kernel::Ring::take(programs).map(Self::Kernel)
+        match programs.lanes() {
+            Some((lanes, size)) => shared::Ring::take(programs, lanes, size).map(Self::Shared),
+            None => kernel::Ring::take(programs).map(Self::Kernel),
         }
     }
 
-    /// Bytes that wait to be taken.
-    pub fn pending(&self) -> u64 {
+    /// Whether more than half of the room is taken.
+    pub fn is_crowded(&self) -> bool {
         match self {
-            Self::Shared(ring) => ring.pending(),
-            Self::Kernel(ring) => ring.pending(),
+            Self::Shared(ring) => ring.is_crowded(),
+            Self::Kernel(ring) => ring.is_crowded(),
         }
     }
 
-    /// The ring's size in bytes.
-    pub fn size(&self) -> u64 {
-        match self {
-            Self::Shared(ring) => ring.size(),
-            Self::Kernel(ring) => ring.size(),
-        }
-    }
-
-    /// Where the next record will be put: behind all for which a place has been handed out by now.
+    /// The next record's place in the order of records: behind all that have one by now.
     pub fn end(&self) -> u64 {
         match self {
             Self::Shared(ring) => ring.end(),

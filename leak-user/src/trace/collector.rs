@@ -186,8 +186,7 @@ impl Core {
         if self.cut.is_some() {
             return;
         }
-        let crowded = self.ring.pending() > self.ring.size() / 2;
-        if !crowded && self.counters_read.elapsed() < COUNTERS_EVERY {
+        if !self.ring.is_crowded() && self.counters_read.elapsed() < COUNTERS_EVERY {
             self.drain(self.ring.end());
             return;
         }
