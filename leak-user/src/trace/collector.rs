@@ -31,6 +31,8 @@ const PAUSE: Duration = Duration::from_millis(4);
 /// The same after a visit that found little: waking up costs more than what it is for, and even the highest rate from one
 /// moment to the next leaves half of the ring free in this time.
 const IDLE_PAUSE: Duration = Duration::from_millis(16);
+/// The same while no process is traced: hardly anything comes then, and a node may have months of it. Ended by [`Collector::wake`].
+const SLEEP: Duration = Duration::from_millis(100);
 /// Records in a pause that are little.
 const LITTLE: u64 = 1000;
 
@@ -379,18 +381,29 @@ impl Collector {
                 Keep::Collecting.only();
                 let mut before = 0;
                 while !stop.load(Ordering::Relaxed) {
-                    let records = {
+                    let (records, sleeps) = {
                         let mut core = lock(&core);
                         core.collect();
-                        core.records
+                        (core.records, core.ledger.processes().next().is_none())
                     };
-                    std::thread::sleep(if records - before < LITTLE { IDLE_PAUSE } else { PAUSE });
+                    if sleeps {
+                        std::thread::park_timeout(SLEEP);
+                    } else {
+                        std::thread::sleep(if records - before < LITTLE { IDLE_PAUSE } else { PAUSE });
+                    }
                     before = records;
                 }
             }
         });
         let thread = thread.context("failed to start the collector thread")?;
         Ok((Self { core, stop, thread: Some(thread) }, notices))
+    }
+
+    /// A process is traced from now on: the ring is to be emptied as often as that takes.
+    pub fn wake(&self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
     }
 
     /// The ledger and its counters; the collector waits while this is held.
@@ -402,6 +415,7 @@ impl Collector {
 impl Drop for Collector {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.wake();
         if let Some(thread) = self.thread.take() {
             // A panic there has been printed.
             let _ = thread.join();

@@ -319,6 +319,7 @@ impl<'a> Run<'a> {
                 core.follow_children(id.tgid);
             }
         }
+        self.collector.wake();
         self.refresh_code(id, target.process.through());
         self.programs.add_target(id.tgid)?;
         if let Some(interval) = self.sampling.interval().filter(|interval| !interval.is_exact()) {
