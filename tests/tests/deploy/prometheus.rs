@@ -173,7 +173,9 @@ fn scrape_settings(tools: &Tools, address: &str, token_file: &Path) -> Result<Va
 /// An agent that traces all processes of one program, which nobody else has.
 fn start_agent(program: &Path, folder: &Path, token_file: &Path) -> Result<Agent> {
     let settings = format!(
-        "[trace]\ninterval = '1s'\nall = true\nmax_overhead = 'off'\nexe = {program:?}\n[http]\ntoken_file = {token_file:?}\n"
+        "[trace]\ninterval = '1s'\nall = true\nmax_overhead = 'off'\nexe = '{}'\n[http]\ntoken_file = '{}'\n",
+        program.display(),
+        token_file.display()
     );
     let file = folder.join("agent.toml");
     fs::write(&file, settings)?;
