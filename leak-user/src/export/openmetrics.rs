@@ -26,7 +26,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 /// Characters of a name in a label; more is cut off, since C++ names can have thousands.
 const LABEL: usize = 200;
 
-/// How much is told. Series: at most 16 a process, 3 a stack, and some 30 besides.
+/// How much is told. Series: at most 18 a process, 3 a stack, and some 30 besides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     pub processes: usize,
@@ -191,6 +191,10 @@ fn processes(page: &mut Page, processes: &[Process]) {
     );
     let cost = page.values("process_overhead", "What tracing costs now", Some(Unit::Ratios));
     let budget = page.values("process_overhead_budget", "What tracing may cost", Some(Unit::Ratios));
+    let baseline =
+        page.values("process_baseline", "Resident memory at which earlier runs of the program were steady", bytes());
+    let new_leak =
+        page.values("process_new_leak", "1 for a program that leaks and whose build before this one was steady", None);
     let verdicts = page.values("process_verdict", "1 for the verdict that holds, 0 for the others", None);
     for process in processes {
         let labels = of_process(process);
@@ -210,6 +214,10 @@ fn processes(page: &mut Page, processes: &[Process]) {
         // Both are of the process's own processor time, or both of one processor.
         set(&cost, process.overhead.as_ref().map(|overhead| overhead.measured_percent / 100.0));
         set(&budget, process.overhead.as_ref().map(|overhead| overhead.budget_percent / 100.0));
+        if let Some(known) = &process.baseline {
+            set(&baseline, known.steady_bytes.map(|bytes| bytes as f64));
+            set(&new_leak, Some(f64::from(u8::from(known.grew_since_build.is_some()))));
+        }
         for (verdict, name) in VERDICTS {
             let mut labels = labels.clone();
             labels.push(("verdict", name.to_owned()));
@@ -283,13 +291,18 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::report::{Overhead, sample};
+    use crate::report::{Baseline, Overhead, sample};
 
     /// A report with everything in it that there is a metric of.
     fn everything() -> Report {
         let mut report = sample::system();
         report.processes[0].overhead =
             Some(Overhead { budget_percent: 5.0, measured_percent: 3.25, ..Overhead::default() });
+        report.processes[0].baseline = Some(Baseline {
+            steady_bytes: Some(64 << 20),
+            grew_since_build: Some("4f0c9d".to_owned()),
+            ..Baseline::default()
+        });
         report
     }
 
@@ -342,6 +355,8 @@ mod tests {
         }
         assert_eq!(one("leaktrace_process_overhead_ratios", &pid), 0.0325);
         assert_eq!(one("leaktrace_process_overhead_budget_ratios", &pid), 0.05);
+        assert_eq!(one("leaktrace_process_baseline_bytes", &pid), f64::from(64 << 20));
+        assert_eq!(one("leaktrace_process_new_leak", &pid), 1.0);
         let stack = &process.stacks[0];
         let id = format!("stack=\"{}\",function=\"Session::remember(Order)\"", stable_id(stack));
         assert_eq!(one("leaktrace_stack_growth_bytes_per_second", &id), stack.growth.bytes_per_s.unwrap());
@@ -396,7 +411,7 @@ mod tests {
         // The whole is counted, not what is listed.
         assert_eq!(series(&page, "leaktrace_leaking_processes"), [("leaktrace_leaking_processes", 499.0)]);
         let lines: Vec<&str> = page.lines().filter(|line| !line.starts_with('#')).collect();
-        assert!(lines.len() <= 16 * 7 + 3 * 9 + 30, "{}", lines.len());
+        assert!(lines.len() <= 18 * 7 + 3 * 9 + 30, "{}", lines.len());
         let unique: HashSet<&str> = lines.iter().map(|line| line.rsplit_once(' ').unwrap().0).collect();
         assert_eq!(unique.len(), lines.len());
     }

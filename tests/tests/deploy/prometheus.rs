@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use leaktrace_tests::deploy::{self, MONITORING, Tools, text};
-use leaktrace_tests::{Fixture, Leaktrace, PATIENCE, Program, Running, host};
+use leaktrace_tests::{Agent, Fixture, PATIENCE, Program, host};
 use serde_json::{Value, json};
 
 /// How many times shorter all times in the rules are: ten minutes are three seconds.
@@ -60,10 +60,10 @@ fn rules_are_shortened() {
 }
 
 /// What `GET` answers: the head and the body.
-fn get(address: &str, path: &str, headers: &str) -> Result<(String, String)> {
+fn get(address: &str, path: &str) -> Result<(String, String)> {
     let mut stream = TcpStream::connect(address).with_context(|| format!("failed to reach {address}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n{headers}\r\n")?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
@@ -109,11 +109,11 @@ impl Prometheus {
     }
 
     fn is_ready(&self) -> bool {
-        get(&self.address, "/-/ready", "").is_ok_and(|(head, _)| head.contains(" 200 "))
+        get(&self.address, "/-/ready").is_ok_and(|(head, _)| head.contains(" 200 "))
     }
 
     fn api(&self, path: &str) -> Result<Value> {
-        let (head, body) = get(&self.address, path, "")?;
+        let (head, body) = get(&self.address, path)?;
         let log = || format!("{head}\n{body}\n{}", fs::read_to_string(&self.log).unwrap_or_default());
         let answer: Value = serde_json::from_str(&body).with_context(log)?;
         ensure!(answer["status"] == "success", "{}", log());
@@ -171,22 +171,16 @@ fn scrape_settings(tools: &Tools, address: &str, token_file: &Path) -> Result<Va
 }
 
 /// An agent that traces all processes of one program, which nobody else has.
-fn start_agent(program: &Path, folder: &Path, token_file: &Path) -> Result<(Running, String)> {
-    let set = |key: &str, value: &str| ["--set".to_owned(), format!("{key}={value}")];
-    let mut agent = Leaktrace::new()?
-        .args(["agent", "--verbose", "--listen", "127.0.0.1:0", "--config"])
-        .arg(folder.join("agent.toml"))
-        .arg("--state")
-        .arg(folder.join("state"))
-        .args(set("trace.interval", "1s"))
-        .args(set("trace.all", "true"))
-        .args(set("trace.exe", &program.to_string_lossy()))
-        .args(set("http.token_file", &token_file.to_string_lossy()))
-        .budget("off")
-        .spawn()?;
-    let line = agent.wait_stderr("listening on ")?;
-    let address = line.rsplit("listening on ").next().map(str::trim).context("no address")?.to_owned();
-    Ok((agent, address))
+fn start_agent(program: &Path, folder: &Path, token_file: &Path) -> Result<Agent> {
+    let settings = format!(
+        "[trace]\ninterval = '1s'\nall = true\nmax_overhead = 'off'\nexe = '{}'\n[http]\ntoken_file = '{}'\n",
+        program.display(),
+        token_file.display()
+    );
+    let file = folder.join("agent.toml");
+    fs::write(&file, settings)?;
+    let file = file.to_str().context("the folder's name is text")?;
+    Agent::start(&folder.join("state"), ["--verbose", "--config", file])
 }
 
 /// Prometheus scrapes the agent with its token, the text is valid to the letter, and of a program that leaks and one whose cache fills
@@ -209,19 +203,15 @@ fn prometheus_wakes_for_leaks_only() -> Result<()> {
     let token_file = folder.path().join("token");
     fs::write(&token_file, TOKEN)?;
     fs::set_permissions(&token_file, fs::Permissions::from_mode(0o600))?;
-    fs::write(folder.path().join("agent.toml"), "")?;
-    fs::create_dir(folder.path().join("state"))?;
-    let (agent, address) = start_agent(&program, folder.path(), &token_file)?;
-    let ready =
-        host::wait_until(PATIENCE, || get(&address, "/readyz", "").is_ok_and(|(head, _)| head.contains(" 200 ")));
-    ensure!(ready, "the agent does not get ready: {:?}", get(&address, "/readyz", ""));
+    let agent = start_agent(&program, folder.path(), &token_file)?;
+    agent.wait_for("/readyz", |answer| answer.status == 200)?;
     filling.tell("fill 4000000 8")?;
     let rules = folder.path().join("rules.yaml");
     fs::write(&rules, shortened(&fs::read_to_string(deploy::folder().join("chart/leaktrace/files/rules.yaml"))?))?;
     let settings = json!({
         "global": {"scrape_interval": "1s", "evaluation_interval": "300ms"},
         "rule_files": [rules],
-        "scrape_configs": [scrape_settings(&tools, &address, &token_file)?],
+        "scrape_configs": [scrape_settings(&tools, &agent.address().to_string(), &token_file)?],
     });
     let prometheus = Prometheus::start(&prometheus, folder.path(), &settings)?;
 
@@ -235,8 +225,8 @@ fn prometheus_wakes_for_leaks_only() -> Result<()> {
         alerts = prometheus.firing().unwrap_or_default();
         alert_of(&alerts, "LeaktraceGrowing", leaking.pid()).is_some()
     });
-    let scrape = || get(&address, "/metrics", &format!("Authorization: Bearer {TOKEN}\r\n"));
-    ensure!(fired, "nothing fired: {alerts:#?}\n{}\n{}", prometheus.api("/api/v1/targets")?, scrape()?.1);
+    let scrape = || agent.ask("/metrics", &format!("Authorization: Bearer {TOKEN}\r\n"));
+    ensure!(fired, "nothing fired: {alerts:#?}\n{}\n{}", prometheus.api("/api/v1/targets")?, scrape()?.text());
     let alert = alert_of(&alerts, "LeaktraceGrowing", leaking.pid()).context("no alert")?;
     assert_eq!(alert["labels"]["process"], "orders");
     assert_eq!(alert["labels"]["node"], "node-1");
@@ -261,9 +251,10 @@ fn prometheus_wakes_for_leaks_only() -> Result<()> {
     ensure!(verdict["result"][0]["value"][1] == "0", "the full cache: {verdict}");
 
     // The scrape as Prometheus gets it.
-    let (head, page) = scrape()?;
+    let answer = scrape()?;
+    let (head, page) = (&answer.head, answer.text());
     ensure!(head.to_lowercase().contains("content-type: application/openmetrics-text; version=1.0.0"), "{head}");
-    ensure!(get(&address, "/metrics", "")?.0.contains(" 401 "), "the page is for everybody");
+    ensure!(agent.get("/metrics")?.status == 401, "the page is for everybody");
     let targets = prometheus.api("/api/v1/targets")?;
     ensure!(targets["activeTargets"][0]["health"] == "up", "{targets}");
     if host::library(NAME, "python3/dist-packages/prometheus_client/openmetrics/parser.py").is_some() {
@@ -275,8 +266,7 @@ fn prometheus_wakes_for_leaks_only() -> Result<()> {
     }
 
     // When the agent ends, it is missed.
-    agent.signal(libc::SIGTERM)?;
-    let outcome = agent.finish(PATIENCE)?;
+    let outcome = agent.stop()?;
     ensure!(outcome.code()? == 0, "{}", outcome.stderr);
     let down = host::wait_until(UNTIL_IT_FIRES, || {
         alerts = prometheus.firing().unwrap_or_default();
