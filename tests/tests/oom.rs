@@ -10,7 +10,7 @@ use serde_json::Value;
 const LIMIT: u64 = 48 << 20;
 
 /// A group with little memory, and a leak in it that has filled it after a quarter of a minute.
-fn doomed(test: &str, program: &std::path::Path) -> Result<Option<(Fixture, MemoryGroup)>> {
+fn doomed(test: &str, program: &std::path::Path) -> Result<Option<(MemoryGroup, Fixture)>> {
     if !host::can_trace(test) {
         return Ok(None);
     }
@@ -20,7 +20,8 @@ fn doomed(test: &str, program: &std::path::Path) -> Result<Option<(Fixture, Memo
     };
     let mut builder = Fixture::builder(program).arg("--rate").arg("3000000").arg("--block").arg("512");
     group.enter(builder.command());
-    Ok(Some((builder.start()?, group)))
+    // Bound in this order the group is dropped last, and can be removed then.
+    Ok(Some((group, builder.start()?)))
 }
 
 /// How a process was killed, once a report says so.
@@ -33,7 +34,7 @@ fn kill(report: &Value, pid: u32) -> Option<&Value> {
 #[test]
 fn killed_while_traced() -> Result<()> {
     let program = Program::c("leak_slow").build()?;
-    let Some((fixture, group)) = doomed("killed_while_traced", &program)? else { return Ok(()) };
+    let Some((group, fixture)) = doomed("killed_while_traced", &program)? else { return Ok(()) };
     let pid = fixture.pid();
     let mut session = Session::start(&[pid], &["--interval", "500ms"])?;
     let nears = |report: &Value| report["processes"][0]["seconds_to_limit"].is_number();
@@ -67,7 +68,7 @@ fn killed_while_watched() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let program = folder.path().join("doomed");
     fs::copy(Program::c("leak_slow").build()?, &program)?;
-    let Some((fixture, _group)) = doomed("killed_while_watched", &program)? else { return Ok(()) };
+    let Some((_group, fixture)) = doomed("killed_while_watched", &program)? else { return Ok(()) };
     let pid = fixture.pid();
     let selection = format!("{}/*", folder.path().display());
     let mut running =
