@@ -376,8 +376,14 @@ impl RssSampler {
 /// How large a process may become, and who says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryLimit {
-    /// A control group's limit, the tightest of the process's group and the groups above it. Its processes share it.
-    Cgroup { bytes: u64, group: PathBuf },
+    /// A control group's limit, the tightest of the process's group and the groups above it (of a pod, of a slice). Its processes share
+    /// it.
+    Cgroup {
+        bytes: u64,
+        group: PathBuf,
+        /// Where the group's files are.
+        folder: PathBuf,
+    },
     /// No tighter limit than the memory of the host.
     Host { bytes: u64 },
 }
@@ -388,6 +394,39 @@ impl MemoryLimit {
             Self::Cgroup { bytes, .. } | Self::Host { bytes } => *bytes,
         }
     }
+
+    /// The group whose limit it is; none: it is the host's.
+    pub fn group(&self) -> Option<&Path> {
+        match self {
+            Self::Cgroup { group, .. } => Some(group),
+            Self::Host { .. } => None,
+        }
+    }
+
+    /// How much of it is taken now, by all who share it, without the files' pages that the kernel drops before it kills anybody
+    /// (<https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files>). What could be swapped out counts as taken.
+    pub fn used(&self) -> Option<u64> {
+        match self {
+            Self::Cgroup { folder, .. } => used_by_group(folder),
+            Self::Host { bytes } => Some(bytes.saturating_sub(Meminfo::current().ok()?.mem_available?)),
+        }
+    }
+}
+
+/// Version 2 has its numbers for a group with those below it; version 1 calls such numbers total.
+fn used_by_group(folder: &Path) -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
+    let (charged, prefix) = match read("memory.current") {
+        Some(text) => (text, ""),
+        None => (read("memory.usage_in_bytes")?, "total_"),
+    };
+    let stat = read("memory.stat")?;
+    let of = |name: &str| {
+        let line = stat.lines().find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|number| number.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    let charged = charged.trim().parse::<u64>().ok()?;
+    Some(charged.saturating_sub(of("inactive_file")).saturating_sub(of("active_file")))
 }
 
 /// The limit of a process, or of this one's host if its control group cannot be read; none if nothing can be read.
@@ -395,10 +434,10 @@ pub fn memory_limit(pid: u32) -> Option<MemoryLimit> {
     let host = Meminfo::current().ok().map(|info| info.mem_total);
     let mounts: Vec<MountInfo> =
         read_proc::<MountInfos>(std::process::id(), "mountinfo").map(|m| m.0).unwrap_or_default();
-    let group = cgroups(pid).ok().and_then(|groups| tightest(&groups, &mounts));
-    match (group, host) {
-        (Some((bytes, group)), host) if host.is_none_or(|host| bytes < host) => {
-            Some(MemoryLimit::Cgroup { bytes, group })
+    let groups = cgroups(pid).unwrap_or_default();
+    match (tightest(&groups, &mounts).or_else(|| own_view(pid, &groups)), host) {
+        (Some(limit), host) if host.is_none_or(|host| limit.bytes < host) => {
+            Some(MemoryLimit::Cgroup { bytes: limit.bytes, group: limit.group, folder: limit.folder })
         }
         (_, host) => host.map(|bytes| MemoryLimit::Host { bytes }),
     }
@@ -418,8 +457,30 @@ fn display_cgroup(groups: &[ProcessCGroup]) -> Option<String> {
     unified.filter(|g| g.pathname != "/").or(memory).or(unified).map(|g| g.pathname.clone())
 }
 
+/// A group's limit.
+#[derive(Debug, PartialEq, Eq)]
+struct GroupLimit {
+    bytes: u64,
+    group: PathBuf,
+    folder: PathBuf,
+}
+
+/// The limit as the process itself sees it. Where this program has a control group namespace of its own (a container that is not
+/// privileged), paths of other groups begin with `..` and name no folder here; but containers have their own group mounted, with nothing
+/// above it. Only that file system can answer: a process chooses what else it has mounted there.
+fn own_view(pid: u32, groups: &[ProcessCGroup]) -> Option<GroupLimit> {
+    let unified = groups.iter().find(|group| group.hierarchy == 0 && group.pathname.starts_with("/.."))?;
+    let folder = PathBuf::from(format!("/proc/{pid}/root/sys/fs/cgroup"));
+    let file = File::open(folder.join("memory.max")).ok()?;
+    let is_cgroup = nix::sys::statfs::fstatfs(&file).ok()?.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC;
+    is_cgroup
+        .then(|| tightest_up(&folder, Path::new(""), "memory.max"))
+        .flatten()
+        .map(|limit| GroupLimit { group: PathBuf::from(&unified.pathname), ..limit })
+}
+
 /// The tightest limit of the groups and those above them, as seen through the mounts.
-fn tightest(groups: &[ProcessCGroup], mounts: &[MountInfo]) -> Option<(u64, PathBuf)> {
+fn tightest(groups: &[ProcessCGroup], mounts: &[MountInfo]) -> Option<GroupLimit> {
     let limits = groups.iter().filter_map(|group| {
         let (file, mount) = if group.hierarchy == 0 {
             ("memory.max", mounts.iter().find(|m| m.fs_type == "cgroup2")?)
@@ -433,21 +494,22 @@ fn tightest(groups: &[ProcessCGroup], mounts: &[MountInfo]) -> Option<(u64, Path
         let path = group.pathname.strip_prefix(mount.root.trim_end_matches('/')).unwrap_or(&group.pathname);
         tightest_up(&mount.mount_point, Path::new(path.trim_start_matches('/')), file)
     });
-    limits.min_by_key(|(bytes, _)| *bytes)
+    limits.min_by_key(|limit| limit.bytes)
 }
 
 /// The lowest number in `file` of `mount/group` and the folders above it, up to `mount`.
-fn tightest_up(mount: &Path, group: &Path, file: &str) -> Option<(u64, PathBuf)> {
+fn tightest_up(mount: &Path, group: &Path, file: &str) -> Option<GroupLimit> {
     // `..` stands in the paths of processes outside this process's cgroup namespace.
     if group.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
         return None;
     }
     let limits = group.ancestors().filter_map(|group| {
         // "max" is no number, and version 1 writes the largest multiple of a page for "none".
-        let limit = fs::read_to_string(mount.join(group).join(file)).ok()?.trim().parse::<u64>().ok()?;
-        (limit < i64::MAX as u64 / 2).then(|| (limit, Path::new("/").join(group)))
+        let folder = mount.join(group);
+        let bytes = fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok()?;
+        (bytes < i64::MAX as u64 / 2).then(|| GroupLimit { bytes, group: Path::new("/").join(group), folder })
     });
-    limits.min_by_key(|(bytes, _)| *bytes)
+    limits.min_by_key(|limit| limit.bytes)
 }
 
 #[cfg(test)]
@@ -576,7 +638,9 @@ mod tests {
         write("a/memory.max", "1048576\n");
         write("a/b/memory.max", "2097152\n");
         write("a/b/c/memory.max", "max\n");
-        let limit = |group: &str| tightest_up(root.path(), Path::new(group), "memory.max");
+        let limit = |group: &str| {
+            tightest_up(root.path(), Path::new(group), "memory.max").map(|limit| (limit.bytes, limit.group))
+        };
         assert_eq!(limit("a/b/c"), Some((1_048_576, PathBuf::from("/a"))));
         assert_eq!(limit(""), None);
         assert_eq!(limit("../.."), None);
@@ -587,13 +651,43 @@ mod tests {
         };
         let groups = |text: &str| ProcessCGroups::from_buf_read(text.as_bytes()).expect("a cgroup file").0;
         let v2 = tightest(&groups("0::/a/b"), &[mount("cgroup2", "rw")]);
-        assert_eq!(v2, Some((1_048_576, PathBuf::from("/a"))));
+        let expected = |bytes, group: &str| {
+            let folder = root.path().join(group.trim_start_matches('/'));
+            Some(GroupLimit { bytes, group: PathBuf::from(group), folder })
+        };
+        assert_eq!(v2, expected(1_048_576, "/a"));
         write("a/b/memory.limit_in_bytes", "4096\n");
         let hybrid = [mount("cgroup2", "rw"), mount("cgroup", "rw,memory")];
         let v1 = tightest(&groups("4:memory:/a/b\n1:cpu:/a\n0::/"), &hybrid);
-        assert_eq!(v1, Some((4096, PathBuf::from("/a/b"))));
+        assert_eq!(v1, expected(4096, "/a/b"));
         assert_eq!(display_cgroup(&groups("4:memory:/a/b\n0::/")).as_deref(), Some("/a/b"));
         assert_eq!(display_cgroup(&groups("4:memory:/a/b\n0::/c")).as_deref(), Some("/c"));
+    }
+
+    /// What a group has taken is what is charged to it less its files' pages, in both versions; without the charge nothing is known.
+    #[test]
+    fn used_by_a_group() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("a file");
+        write(
+            "memory.stat",
+            "anon 5\ninactive_file 30\nactive_file 20\ntotal_inactive_file 300\ntotal_active_file 200\n",
+        );
+        assert_eq!(used_by_group(folder.path()), None);
+        write("memory.usage_in_bytes", "1500\n");
+        assert_eq!(used_by_group(folder.path()), Some(1000));
+        write("memory.current", "150\n");
+        assert_eq!(used_by_group(folder.path()), Some(100));
+        write("memory.current", "40\n");
+        assert_eq!(used_by_group(folder.path()), Some(0));
+    }
+
+    /// The host's memory is taken in part, and not all of it.
+    #[test]
+    fn used_of_the_host() {
+        let bytes = Meminfo::current().expect("meminfo can be read").mem_total;
+        let used = MemoryLimit::Host { bytes }.used().expect("what is available is known");
+        assert!(used > 0 && used < bytes, "{used}");
     }
 
     /// This process has some limit, never more than the host's memory.

@@ -54,6 +54,9 @@ pub struct Report {
     /// Traced processes that have ended and are not listed one by one, summed by executable.
     #[serde(default)]
     pub ended_processes: Vec<EndedProcesses>,
+    /// Processes that the kernel killed because memory ran out, the latest last, bounded.
+    #[serde(default)]
+    pub oom_kills: Vec<OomKill>,
     /// What is seen of the processes that are not traced; only where leaktrace chooses by itself whom to trace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<System>,
@@ -227,6 +230,19 @@ pub struct Labels {
     /// Its pid in its own pid namespace, where that is not the host's.
     #[serde(default)]
     pub pid_in_namespace: Option<u32>,
+    /// What the Kubernetes API server says of the container; only the agent asks it.
+    #[serde(default)]
+    pub pod: Option<String>,
+    #[serde(default)]
+    pub namespace: Option<String>,
+    /// The container's name in its pod, and the image that the pod asks for.
+    #[serde(default)]
+    pub container_name: Option<String>,
+    #[serde(default)]
+    pub image: Option<String>,
+    /// The node's name.
+    #[serde(default)]
+    pub node: Option<String>,
 }
 
 impl From<crate::labels::Labels> for Labels {
@@ -239,6 +255,7 @@ impl From<crate::labels::Labels> for Labels {
             pod_uid: labels.pod,
             unit: labels.unit,
             pid_in_namespace: labels.inner_pid,
+            ..Self::default()
         }
     }
 }
@@ -255,6 +272,23 @@ pub struct EndedProcesses {
     pub live_bytes_at_end: u64,
     /// Of the one that was largest.
     pub largest_rss_bytes: u64,
+}
+
+/// A traced or watched process that the kernel killed because memory ran out: of its cgroup, or of the host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OomKill {
+    pub at: Timestamp,
+    /// Seconds after the start of tracing.
+    pub at_s: f64,
+    pub pid: u32,
+    pub comm: String,
+    pub exe: Option<String>,
+    #[serde(flatten)]
+    pub labels: Labels,
+    /// As it was last seen, at most some seconds before.
+    pub rss: Rss,
+    /// What was last known of it, with its call stacks, where it was traced.
+    pub process: Option<Box<Process>>,
 }
 
 /// What wrote the report.
@@ -393,7 +427,14 @@ pub struct Process {
     pub explained_growth_ratio: Option<f64>,
     /// The lowest memory limit that applies: of its cgroups, or of the host.
     pub memory_limit_bytes: Option<u64>,
-    /// Seconds until RSS meets the limit, should it go on like this.
+    /// Whose limit that is: the cgroup's path; `null`: the host's.
+    #[serde(default)]
+    pub memory_limit_of: Option<String>,
+    /// What is taken of it, by all who share it, without what the kernel can drop at once; looked at only where the process grows.
+    #[serde(default)]
+    pub memory_used_bytes: Option<u64>,
+    /// Seconds until the limit is met, should it go on like this: what is left of it over the growth of those traced processes that share
+    /// it.
     pub seconds_to_limit: Option<f64>,
     pub allocators: Vec<Allocator>,
     /// How it ended, if it did.
@@ -629,6 +670,7 @@ impl Report {
             command: None,
             processes: Vec::new(),
             ended_processes: Vec::new(),
+            oom_kills: Vec::new(),
             system: None,
         }
     }

@@ -5,6 +5,7 @@
 //! process dies: a fixture reads commands and leaves when its standard input closes.
 
 mod agent;
+pub mod cgroup;
 mod compile;
 pub mod deploy;
 mod fixture;

@@ -4,5 +4,6 @@ mod alloc;
 mod births;
 mod control;
 mod mappings;
+mod oom;
 mod pages;
 mod process;

@@ -6,12 +6,14 @@
 //! - [`config`]: the file, variables and flags;
 //! - [`http`]: the server;
 //! - [`page`]: what it shows to people;
+//! - [`kube`]: names from Kubernetes, and Events for it;
 //! - [`push`]: profiles and metrics to other systems;
 //! - [`state`]: what is kept on disk;
 //! - [`status`]: how each part is.
 
 pub mod config;
 pub mod http;
+pub mod kube;
 pub mod page;
 pub mod push;
 pub mod state;
@@ -24,6 +26,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use self::config::Settings;
+use self::kube::Kubernetes;
 use self::state::State;
 use self::status::Status;
 use crate::cli::AgentFlags;
@@ -58,7 +61,8 @@ pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
     let server = tokio::spawn(http::serve(listener, Arc::clone(&published), stop.clone()));
     let pushes = tokio::spawn(push::run(Arc::clone(&published)));
     let state = State::open(&settings.state, &published);
-    let publisher = Publisher { reports, published, state };
+    let kubernetes = Kubernetes::start(&settings.kubernetes);
+    let publisher = Publisher { reports, published, state, kubernetes };
     let traced = trace::run_into(&settings.trace, publisher, Control { stop, changes: Some(changes) }).await;
     server.abort();
     pushes.abort();
@@ -70,6 +74,7 @@ struct Publisher {
     reports: watch::Sender<Arc<Report>>,
     published: Arc<Published>,
     state: State,
+    kubernetes: Kubernetes,
 }
 
 impl Sink for Publisher {
@@ -86,7 +91,9 @@ impl Sink for Publisher {
         self.state.observe(processes, report, &self.published);
     }
 
-    fn interval(&mut self, report: Report) -> Result<Outcome> {
+    fn interval(&mut self, mut report: Report) -> Result<Outcome> {
+        self.kubernetes.enrich(&mut report);
+        self.kubernetes.tell(&self.published.status);
         let interval = self.published.settings.borrow().trace.interval;
         self.published.status.reported(interval);
         self.reports.send_replace(Arc::new(report));
@@ -95,7 +102,9 @@ impl Sink for Publisher {
 
     fn finish(mut self, report: &Report) -> Result<Outcome> {
         self.state.finish(&self.published);
-        self.reports.send_replace(Arc::new(report.clone()));
+        let mut report = report.clone();
+        self.kubernetes.enrich(&mut report);
+        self.reports.send_replace(Arc::new(report));
         Ok(Outcome::Open)
     }
 }

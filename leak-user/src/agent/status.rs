@@ -62,6 +62,11 @@ impl Status {
         self.inner().notes.insert(part, note.into());
     }
 
+    /// How a part is that logs by itself: what is wrong with it, if something is.
+    pub fn set(&self, part: &'static str, reason: Option<String>) {
+        self.inner().parts.insert(part, reason);
+    }
+
     /// Counts what happened to a part.
     pub fn count(&self, part: &'static str, what: &'static str) {
         self.add(part, what, 1);

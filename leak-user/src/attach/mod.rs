@@ -7,6 +7,7 @@ mod close;
 mod elements;
 mod floor;
 mod hold;
+mod oom;
 mod pages;
 mod ranges;
 mod samplings;
@@ -172,6 +173,8 @@ pub struct Settings {
     pub addresses: u32,
     /// Whether it is told which processes come ([`Programs::take_births`]).
     pub births: bool,
+    /// Whether it is told whom the kernel kills because memory has run out ([`Programs::take_oom_victims`]).
+    pub oom_kills: bool,
     /// Whether page faults may have to be looked at ([`Programs::watch_pages`]).
     pub pages: bool,
 }
@@ -192,6 +195,7 @@ impl Default for Settings {
             forks: false,
             addresses: 1 << 18,
             births: false,
+            oom_kills: false,
             pages: false,
         }
     }
@@ -266,6 +270,7 @@ pub struct Programs {
     tables: bool,
     pages: Option<Pages>,
     births: Option<BpfHashMap<MapData, u32, u8>>,
+    oom_victims: Option<oom::Victims>,
     /// All maps, to ask how much memory they take.
     accounted: Vec<OwnedFd>,
     /// Keeps the programs alive that others call: a map of programs lets go of them with the last descriptor of the map.
@@ -421,6 +426,7 @@ impl Programs {
             tables,
             pages: None,
             births: None,
+            oom_victims: None,
             accounted,
             _walkers: walkers,
         };
@@ -444,6 +450,16 @@ impl Programs {
             self.attach_tracepoints(objects, &BIRTH_PROGRAMS)?;
             self.births = Some(BpfHashMap::try_from(take_map(&mut self.ebpf, "BORN")?)?);
         }
+        if settings.oom_kills {
+            // Without it a report lacks one of its reasons for an end.
+            match oom::Victims::watch(objects, &mut self.ebpf) {
+                Ok((victims, attached)) => {
+                    self.keep(attached);
+                    self.oom_victims = Some(victims);
+                }
+                Err(error) => log::info!("it is not told whom the kernel kills for want of memory: {error:#}"),
+            }
+        }
         if settings.pages && has_loop {
             // They are evidence: without them there is less of it.
             match Pages::load(objects, &mut self.ebpf) {
@@ -460,6 +476,12 @@ impl Programs {
         let born: Vec<u32> = births.keys().filter_map(Result::ok).collect();
         // Before anybody looks at them: what happens after that is told anew.
         born.into_iter().filter(|tgid| births.remove(tgid).is_ok()).collect()
+    }
+
+    /// Whom the kernel has killed for want of memory since the last time, and when, in nanoseconds of `CLOCK_MONOTONIC`; bounded. Before
+    /// 6.8 it may be the id of another thread than the first.
+    pub fn take_oom_victims(&mut self) -> Vec<(u32, u64)> {
+        self.oom_victims.as_mut().map_or_else(Vec::new, oom::Victims::take)
     }
 
     /// Looks at one of so many page faults of this process from now on, and takes the stacks; false where that cannot be. The

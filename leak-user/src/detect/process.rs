@@ -102,6 +102,8 @@ pub struct ProcessJudgement {
     pub rss_bytes_per_s: f64,
     /// Growth of the growing stacks over growth of the resident set; none unless the latter clearly rises.
     pub explained_growth_ratio: Option<f64>,
+    /// How fast memory is taken: growth of the resident set if it clearly rises, else of the growing stacks; none where neither grows.
+    pub growth_bytes_per_s: Option<f64>,
     /// Until the resident set meets the limit at the present rate; none without a limit or without growth. Zero when it is
     /// met already.
     pub seconds_to_limit: Option<f64>,
@@ -123,15 +125,16 @@ pub fn judge_process(samples: &[Sample], stacks: &[StackSummary], memory_limit: 
         [first, .., last] => last.time - first.time,
         _ => 0.0,
     };
+    let rate = Some(if rss_rises { rss.slope } else { growth }).filter(|rate| *rate > 0.0);
     ProcessJudgement {
         verdict: verdict(stacks, watched),
         rss_bytes_per_s: rss.slope,
         explained_growth_ratio: rss_rises.then(|| growth / rss.slope),
         seconds_to_limit: memory_limit.and_then(|limit| {
-            let rate = if rss_rises { rss.slope } else { growth };
             let left = limit.saturating_sub(samples.last()?.resident) as f64;
-            (rate > 0.0).then(|| left / rate)
+            rate.map(|rate| left / rate)
         }),
+        growth_bytes_per_s: rate,
         hint: hint(samples, rss, growth),
     }
 }

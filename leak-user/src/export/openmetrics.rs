@@ -271,6 +271,11 @@ fn of_process(process: &Process) -> Labels {
         ("container_id", &process.labels.container),
         ("pod_uid", &process.labels.pod_uid),
         ("unit", &process.labels.unit),
+        ("namespace", &process.labels.namespace),
+        ("pod", &process.labels.pod),
+        ("container", &process.labels.container_name),
+        ("image", &process.labels.image),
+        ("node", &process.labels.node),
     ];
     for (key, value) in of {
         if let Some(value) = value {
@@ -346,8 +351,11 @@ mod tests {
                 one(
                     "leaktrace_process_verdict",
                     &format!(
-                        "{pid},exe=\"/srv/orders/bin/orders\",container_id=\"{}\",verdict=\"{verdict}\"",
-                        process.labels.container.as_ref().unwrap()
+                        "{pid},exe=\"/srv/orders/bin/orders\",container_id=\"{}\",pod_uid=\"{}\",namespace=\"shop\",\
+                         pod=\"orders-6c9f7d5b8-x2x4q\",container=\"api\",image=\"registry.example/shop/orders:1.4.2\",\
+                         node=\"web-3\",verdict=\"{verdict}\"",
+                        process.labels.container.as_ref().unwrap(),
+                        process.labels.pod_uid.as_ref().unwrap()
                     )
                 ),
                 holds

@@ -102,6 +102,7 @@ fn report(process: Process) -> Report {
         command: None,
         processes: vec![process],
         ended_processes: Vec::new(),
+        oom_kills: Vec::new(),
         system: None,
     }
 }
@@ -127,6 +128,8 @@ fn process(verdict: Verdict) -> Process {
         explained_growth_ratio: None,
         affected_by_loss: false,
         memory_limit_bytes: Some(512 * MIB),
+        memory_limit_of: Some("/system.slice/orders.service".to_owned()),
+        memory_used_bytes: None,
         seconds_to_limit: None,
         allocators: vec![Allocator {
             family: "glibc".to_owned(),
@@ -215,6 +218,7 @@ pub fn leaking() -> Report {
     process.growing_bytes_per_s = Some(21_100.0);
     process.rss.growth_bytes_per_s = Some(21_700.0);
     process.explained_growth_ratio = Some(0.972);
+    process.memory_used_bytes = Some(120 * MIB);
     process.seconds_to_limit = Some(18_920.0);
     let mut report = report(process);
     report.losses.insert("allocations_ring_full".to_owned(), 1204);
@@ -274,7 +278,13 @@ pub fn system() -> Report {
     leak.labels = Labels {
         container: Some("8c1f0be5a1d94c3ab4f30c6a4be43bcf3ed0c6d2a2f7e6f1b0e3c1a2d3e4f5a6".to_owned()),
         container_runtime: Some("containerd".to_owned()),
+        pod_uid: Some("1f0a9c3e-6d2b-4a7e-9c51-0d8e7f6a5b4c".to_owned()),
         pid_in_namespace: Some(7),
+        pod: Some("orders-6c9f7d5b8-x2x4q".to_owned()),
+        namespace: Some("shop".to_owned()),
+        container_name: Some("api".to_owned()),
+        image: Some("registry.example/shop/orders:1.4.2".to_owned()),
+        node: Some("web-3".to_owned()),
         ..Labels::default()
     };
     leak.reason = Some(Reason::Rising { bytes: 24 << 20, seconds: 20.0 });
@@ -296,6 +306,17 @@ pub fn system() -> Report {
         rss: Rss { first_bytes: Some(mib * MIB), last_bytes: Some(mib * MIB), growth_bytes_per_s: Some(slope) },
         ..Watched::default()
     };
+    let killed = report.processes[0].clone();
+    report.oom_kills = vec![OomKill {
+        at: "2026-01-02T03:04:26Z".parse().unwrap(),
+        at_s: 21.0,
+        pid: 1200,
+        comm: killed.comm.clone(),
+        exe: killed.exe.clone(),
+        labels: killed.labels.clone(),
+        rss: Rss { last_bytes: Some(511 * MIB), ..killed.rss },
+        process: Some(Box::new(Process { pid: 1200, ..killed })),
+    }];
     report.system = Some(System {
         watched: 212,
         traced: 2,

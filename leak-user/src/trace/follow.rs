@@ -89,6 +89,7 @@ impl Run<'_> {
         if !self.targets.iter().any(gone) {
             return;
         }
+        self.note_oom_kills();
         let moment = Moment { now: monotonic_now(), start: self.start_ns };
         let (ended, living): (Vec<_>, Vec<_>) = std::mem::take(&mut self.targets).into_iter().partition(gone);
         self.targets = living;

@@ -9,6 +9,7 @@ mod collector;
 mod follow;
 mod governing;
 mod host;
+mod oom;
 mod pages;
 mod reconcile;
 mod sampler;
@@ -38,6 +39,7 @@ use self::code::Code;
 use self::collector::{Collector, Notice};
 use self::follow::EndedChildren;
 use self::governing::Governing;
+use self::oom::OomKills;
 use self::pages::Pages;
 use self::reconcile::Reconciling;
 use self::sampler::Sampler;
@@ -181,6 +183,7 @@ struct Run<'a> {
     notices: mpsc::Receiver<Notice>,
     targets: Vec<Target>,
     ended_children: EndedChildren,
+    oom_kills: OomKills,
     /// Where all processes of the system are meant.
     system: Option<System>,
     pages: Pages,
@@ -240,6 +243,7 @@ impl<'a> Run<'a> {
             mappings: config.resources.mmap,
             forks: config.children,
             pages: matches!(config.target, What::System { .. }),
+            oom_kills: true,
             births: matches!(config.target, What::System { all: true, .. }),
             tables: config.unwind == Unwind::Tables,
             rows: u32::try_from(config.unwind_memory / size_of::<u64>() as u64).unwrap_or(u32::MAX),
@@ -262,6 +266,7 @@ impl<'a> Run<'a> {
             notices,
             targets: Vec::new(),
             ended_children: EndedChildren::default(),
+            oom_kills: OomKills::default(),
             system: match &config.target {
                 What::System { selection, all } => Some(System::new((**selection).clone(), *all, config.most_traced)),
                 What::Pids(_) | What::Command(_) => None,
@@ -410,6 +415,7 @@ impl<'a> Run<'a> {
             }
             self.take_notices();
             self.follow_threads(false);
+            self.note_oom_kills();
             self.tend_system();
             self.resample(resampled.swap(0, Ordering::Relaxed));
             self.sampler.tend(&self.programs, &self.collector);
@@ -637,6 +643,8 @@ impl<'a> Run<'a> {
     /// Takes what is left in the ring and removes every probe. The final report is of the moment before that: removing perf events
     /// takes seconds, in which nothing is recorded, and a leak would seem to have stopped.
     fn detach(&mut self) {
+        // Who ends now may be one of them.
+        self.note_oom_kills();
         {
             let mut core = self.collector.core();
             let time = monotonic_now();
@@ -704,6 +712,7 @@ impl<'a> Run<'a> {
         }
         report.processes =
             self.targets.iter().map(|target| snapshot.process(target, self.started, &mut self.symbols)).collect();
+        summary::share_limits(&mut report.processes);
         for process in &mut report.processes {
             let interval = self.sampler.interval(process.pid);
             process.interval_bytes = (!interval.is_exact()).then(|| interval.bytes());
@@ -727,6 +736,7 @@ impl<'a> Run<'a> {
             report.system = Some(report::System { growing, ..system.report(&self.targets) });
             self.system = Some(system);
         }
+        report.oom_kills = self.oom_kills.reports();
         report.ended_processes = self.ended_children.sums.values().cloned().collect();
         report.command = self.describe_command();
         if let (Some(command), Some(process)) = (&report.command, report.processes.first_mut())

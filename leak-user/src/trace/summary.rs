@@ -14,6 +14,7 @@ use crate::detect::{self, Evidence, Growth, Judgement, ProcessVerdict, Sample, S
 use crate::governor::windows::MIN_WINDOWS;
 use crate::ledger::history::{BASE_WINDOW_NS, History, Window};
 use crate::ledger::{Counters, Resource, Sampled, SampledTotals, Stack, Total};
+use crate::process::MemoryLimit;
 use crate::report;
 use crate::symbols::Symbols;
 
@@ -198,7 +199,7 @@ impl Snapshot {
     pub fn process(&mut self, target: &Target, started: Instant, symbols: &mut Symbols) -> report::Process {
         let tgid = target.id().tgid;
         let mut judged = self.processes.iter_mut().find(|(of, _)| *of == tgid).map(|(_, judged)| judged);
-        let limit = target.memory_limit.as_ref().map(crate::process::MemoryLimit::bytes);
+        let limit = target.memory_limit.as_ref();
         if let Some(judged) = &mut judged {
             let (summaries, agrees) = judged.agreed(&target.samples);
             judged.summaries = summaries;
@@ -207,7 +208,10 @@ impl Snapshot {
             }
         }
         let summaries = judged.as_ref().map_or(&[][..], |judged| &judged.summaries);
-        let verdict = detect::judge_process(&target.samples, summaries, limit);
+        let verdict = detect::judge_process(&target.samples, summaries, limit.map(MemoryLimit::bytes));
+        let grows = verdict.growth_bytes_per_s.filter(|_| target.ended.is_none());
+        let used = grows.and_then(|_| limit?.used());
+        let left = used.and_then(|used| Some(limit?.bytes().saturating_sub(used) as f64));
         let stacks = judged.as_mut().map_or_else(Vec::new, |judged| std::mem::take(&mut judged.stacks));
         let stacks = stacks.into_iter().map(|stack| stack.report(target, symbols)).collect();
         let enough = target.samples.len() >= 3;
@@ -241,8 +245,11 @@ impl Snapshot {
                 growth_bytes_per_s: enough.then_some(verdict.rss_bytes_per_s),
             },
             explained_growth_ratio: verdict.explained_growth_ratio,
-            memory_limit_bytes: limit,
-            seconds_to_limit: verdict.seconds_to_limit,
+            memory_limit_bytes: limit.map(MemoryLimit::bytes),
+            memory_limit_of: limit.and_then(MemoryLimit::group).map(|group| group.to_string_lossy().into_owned()),
+            memory_used_bytes: used,
+            // Others may have their part of the limit.
+            seconds_to_limit: left.zip(grows).map(|(left, rate)| left / rate).or(verdict.seconds_to_limit),
             allocators: target.allocators(),
             ended: target.ended.map(|at| report::ProcessEnd {
                 at_s: at.duration_since(started).as_secs_f64(),
@@ -256,6 +263,27 @@ impl Snapshot {
                 .filter(|judged| judged.growing_stacks > 0)
                 .map(|judged| judged.growing_bytes_per_s),
             stacks,
+        }
+    }
+}
+
+/// Where several processes grow towards one limit, they meet it together.
+pub fn share_limits(processes: &mut [report::Process]) {
+    let left = |process: &report::Process| {
+        process.memory_limit_bytes.zip(process.memory_used_bytes).map(|(limit, used)| limit.saturating_sub(used) as f64)
+    };
+    let mut rates: BTreeMap<(Option<String>, Option<u64>), f64> = BTreeMap::new();
+    let key = |process: &report::Process| (process.memory_limit_of.clone(), process.memory_limit_bytes);
+    for process in &*processes {
+        if let Some((left, seconds)) = left(process).zip(process.seconds_to_limit.filter(|seconds| *seconds > 0.0)) {
+            *rates.entry(key(process)).or_default() += left / seconds;
+        }
+    }
+    for process in processes {
+        if let Some((left, rate)) = left(process).zip(rates.get(&key(process)).copied().filter(|rate| *rate > 0.0))
+            && process.seconds_to_limit.is_some()
+        {
+            process.seconds_to_limit = Some(left / rate);
         }
     }
 }
@@ -521,4 +549,34 @@ fn op_name(shape: u8) -> Option<&'static str> {
         op::MAPPING => "mmap",
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::sample;
+
+    /// Two processes that grow towards the limit of their pod meet it in the time that both together need; one of another pod, and one
+    /// that does not grow, are not counted in.
+    #[test]
+    fn limits_are_shared() {
+        let process = |of: &str, used: Option<u64>, seconds: Option<f64>| report::Process {
+            memory_limit_bytes: Some(1000),
+            memory_limit_of: Some(of.to_owned()),
+            memory_used_bytes: used,
+            seconds_to_limit: seconds,
+            ..sample::steady().processes.remove(0)
+        };
+        // 300 a second in all, of the 600 that are left.
+        let mut processes = [
+            process("/pod", Some(400), Some(6.0)),
+            process("/pod", Some(400), Some(3.0)),
+            process("/other", Some(500), Some(5.0)),
+            process("/pod", None, None),
+            process("/met", Some(1000), Some(0.0)),
+        ];
+        share_limits(&mut processes);
+        let seconds = processes.map(|process| process.seconds_to_limit);
+        assert_eq!(seconds, [Some(2.0), Some(2.0), Some(5.0), None, Some(0.0)]);
+    }
 }

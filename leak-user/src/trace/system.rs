@@ -57,6 +57,8 @@ pub(super) struct System {
     most: usize,
     watch: Watch,
     known: HashMap<ProcessId, Known>,
+    /// Those that the last look found to have ended.
+    departed: Vec<(ProcessId, Known)>,
     /// Wanted, and not looked at before; only with `all`.
     new: Vec<ProcessId>,
     decisions: VecDeque<report::Decision>,
@@ -79,6 +81,7 @@ impl System {
             most: limits.most,
             watch: Watch::new(),
             known: HashMap::new(),
+            departed: Vec::new(),
             new: Vec::new(),
             decisions: VecDeque::new(),
             settled: VecDeque::new(),
@@ -95,7 +98,8 @@ impl System {
             self.asked = start;
             self.watch.ask_again();
         }
-        let Self { watch, selection, known, all, new, scout, .. } = self;
+        self.departed.clear();
+        let Self { watch, selection, known, departed, all, new, scout, .. } = self;
         let look = watch.look(|id| choose(id, selection, known, all.then_some(new)));
         for (id, resident) in look.resident {
             scout.sample(id, time, resident.own);
@@ -108,7 +112,7 @@ impl System {
         }
         for id in look.ended {
             scout.forget(id);
-            known.remove(&id);
+            departed.extend(known.remove_entry(&id));
         }
         self.next_look = start + LOOK_EVERY.max(processor_time().saturating_sub(used) * SHARE);
     }
@@ -129,6 +133,26 @@ impl System {
     /// Whether processes are traced as soon as they are there.
     pub fn traces_all(&self) -> bool {
         self.all
+    }
+
+    /// What was last seen of a process that is watched, or has just ended, for a report of its end.
+    pub fn last_seen(&self, tgid: u32) -> Option<report::OomKill> {
+        let departed = self.departed.iter().map(|(id, known)| (id, known));
+        let (id, known) = departed.chain(&self.known).find(|(id, _)| id.tgid == tgid)?;
+        Some(report::OomKill {
+            at: jiff::Timestamp::UNIX_EPOCH,
+            at_s: 0.0,
+            pid: tgid,
+            comm: known.comm.clone(),
+            exe: known.exe.clone(),
+            labels: known.labels.clone(),
+            rss: report::Rss {
+                first_bytes: Some(known.first),
+                last_bytes: Some(known.last.total),
+                growth_bytes_per_s: self.scout.slope(*id).map(|(slope, _)| slope),
+            },
+            process: None,
+        })
     }
 
     /// Whether the process is watched, and has not ended.
@@ -280,6 +304,7 @@ impl Run<'_> {
         }
         if Instant::now() >= system.next_look {
             system.look(time);
+            self.note_oom_kills_of(Some(&system));
             if system.judged.elapsed() >= JUDGE_EVERY {
                 system.judged = Instant::now();
                 self.judge(&mut system, time);

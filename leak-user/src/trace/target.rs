@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -16,6 +16,9 @@ use crate::report;
 
 /// The most samples of its memory that are kept; past it every second one is dropped.
 const MAX_SAMPLES: usize = 4096;
+
+/// How often its memory limit is read anew: a running container's can be changed.
+const LIMIT_EVERY: Duration = Duration::from_secs(30);
 
 /// An allocator with its probes.
 struct Traced {
@@ -56,6 +59,7 @@ pub struct Target {
     /// Its memory over time.
     pub samples: Vec<Sample>,
     pub memory_limit: Option<MemoryLimit>,
+    limit_read: Instant,
     pub labels: report::Labels,
     /// An event told that its first thread ended; for [`Self::follow_threads`] to look at.
     pub leader_ended: bool,
@@ -76,6 +80,7 @@ impl Target {
         Ok(Self {
             rss: process.rss().ok(),
             memory_limit: process.memory_limit(),
+            limit_read: Instant::now(),
             labels: Labels::read(process.through()).into(),
             discovery,
             files: HashMap::new(),
@@ -218,6 +223,14 @@ impl Target {
     /// Takes a sample of the resident set, `time` seconds after the start, beside the live bytes that are known.
     pub fn sample(&mut self, time: f64, traced: u64) {
         let Some(rss) = self.rss.as_ref().and_then(|rss| rss.sample().ok()) else { return };
+        if self.limit_read.elapsed() >= LIMIT_EVERY {
+            self.limit_read = Instant::now();
+            let limit = self.process.memory_limit();
+            // Of a process that has ended only the host's would be left.
+            if self.process.is_alive() {
+                self.memory_limit = limit;
+            }
+        }
         self.samples.push(Sample { time, resident: rss.total, traced });
         if self.samples.len() > MAX_SAMPLES {
             let mut index = 0;

@@ -22,6 +22,7 @@ pub use live::{Input, LiveView, LogSink};
 pub(crate) use names::culprit;
 pub use safe::{safe, safe_bytes};
 pub use units::{bytes, duration, rate};
+pub use words::verdict as in_words;
 
 use crate::config::{Config, Format, Target};
 use crate::export::pprof;

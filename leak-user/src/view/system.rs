@@ -7,7 +7,7 @@ use super::names::function;
 use super::safe::{cut_end, safe, width};
 use super::units::{bytes, count, duration, rate};
 use crate::report::{
-    Decided, EndedProcesses, Labels, NewPages, Process, Report, Restart, Rss, Sampling, System, Verdict,
+    Decided, EndedProcesses, Labels, NewPages, OomKill, Process, Report, Restart, Rss, Sampling, System, Verdict,
 };
 
 const DIM: Style = Style::new().add_modifier(Modifier::DIM);
@@ -18,6 +18,8 @@ const CONTAINER_ID: usize = 12;
 /// Watched processes that are listed, and decisions.
 const WATCHED: usize = 10;
 const DECISIONS: usize = 8;
+/// Processes that the kernel killed that are listed.
+const KILLS: usize = 8;
 /// Stacks that are shown of each process that grows, their frames, and columns of each.
 const PAGE_STACKS: usize = 3;
 const PAGE_FRAMES: usize = 6;
@@ -151,6 +153,11 @@ pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
             )));
         }
     }
+    if !report.oom_kills.is_empty() {
+        out.push(Line::default());
+        out.push(Line::styled("Killed because memory ran out", DIM.add_modifier(Modifier::BOLD)));
+        out.extend(report.oom_kills.iter().rev().take(KILLS).rev().map(|kill| Line::from(killed(kill, report))));
+    }
     if !report.ended_processes.is_empty() {
         out.push(Line::default());
         out.push(Line::styled("Ended", DIM.add_modifier(Modifier::BOLD)));
@@ -158,6 +165,21 @@ pub fn history(out: &mut Vec<Line<'static>>, report: &Report) {
             out.push(Line::from(ended_line(ended)));
         }
     }
+}
+
+fn killed(kill: &OomKill, report: &Report) -> String {
+    let mut parts = vec![format!("{:>6}  {} (pid {})", duration(kill.at_s), safe(&kill.comm), kill.pid)];
+    let place = belongs_to(&kill.labels);
+    if !place.is_empty() {
+        parts.push(format!("of {place}"));
+    }
+    if let Some(resident) = kill.rss.last_bytes {
+        parts.push(format!("with {} RSS", bytes(resident)));
+    }
+    if let Some(process) = kill.process.as_deref().filter(|process| process.verdict == Verdict::Leaking) {
+        parts.push(super::words::verdict(process, report).1);
+    }
+    format!("  {}", parts.join(", "))
 }
 
 fn ended_line(ended: &EndedProcesses) -> String {
@@ -214,13 +236,17 @@ fn slope(rss: &Rss) -> String {
     }
 }
 
-/// The container, or else the unit, and the pid there.
+/// The container, by its pod where that is known, or else the unit, and the pid there.
 pub fn belongs_to(labels: &Labels) -> String {
+    let pod = labels.pod.as_deref().map(|pod| {
+        let of = [labels.namespace.as_deref(), Some(pod), labels.container_name.as_deref()];
+        of.into_iter().flatten().map(safe).collect::<Vec<_>>().join("/")
+    });
     let container = labels.container.as_deref().map(|id| {
         let id: String = safe(id).chars().take(CONTAINER_ID).collect();
         labels.container_runtime.as_deref().map_or_else(|| id.clone(), |runtime| format!("{} {id}", safe(runtime)))
     });
-    let place = container.or_else(|| labels.unit.as_deref().map(safe));
+    let place = pod.or(container).or_else(|| labels.unit.as_deref().map(safe));
     let there = labels.pid_in_namespace.map(|pid| format!("pid {pid} there"));
     place.into_iter().chain(there).collect::<Vec<_>>().join(", ")
 }

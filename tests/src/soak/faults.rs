@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use super::account::{Load, figures, mib, number, settled, sound, trace};
-use super::namespaces::{MemoryGroup, SmallDisk, in_time_namespace};
+use super::namespaces::{SmallDisk, in_time_namespace};
 use super::{Figures, Scale};
+use crate::cgroup::MemoryGroup;
 use crate::host::{BpfObjects, wait_until};
 use crate::{Fixture, Leaktrace, Session, patience};
 

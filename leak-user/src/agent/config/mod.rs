@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer};
 
 use self::source::Given;
 pub use self::source::Refused;
-use super::{http, push, state};
+use super::{http, kube, push, state};
 use crate::cli::AgentFlags;
 use crate::config::{self, parse_size};
 use crate::export::openmetrics::Limits;
@@ -24,7 +24,8 @@ use crate::export::openmetrics::Limits;
 pub const USUAL_FILE: &str = "/etc/leaktrace/agent.toml";
 
 /// All sections; variables are named by them.
-const SECTIONS: [&str; 7] = ["trace", "http", "state", "metrics", "push.pyroscope", "push.parca", "push.otlp"];
+const SECTIONS: [&str; 8] =
+    ["trace", "http", "state", "metrics", "kubernetes", "push.pyroscope", "push.parca", "push.otlp"];
 
 /// Keys, or sections, that are taken over by a reload; all others wait for a restart.
 const LIVE: [&str; 15] = [
@@ -71,6 +72,7 @@ pub struct Raw {
     state: state::Config,
     push: push::config::Config,
     metrics: Metrics,
+    kubernetes: kube::Config,
 }
 
 /// `[metrics]`: how many series there may be.
@@ -109,6 +111,7 @@ pub struct Settings {
     pub state: state::Settings,
     pub push: push::config::Settings,
     pub metrics: Limits,
+    pub kubernetes: kube::Settings,
     /// The file, if it is there or was named.
     pub file: PathBuf,
     given: Given,
@@ -152,12 +155,13 @@ impl Settings {
         let state = raw.state.check().map_err(|mistake| mistake.within("state"));
         let metrics = raw.metrics.limits().map_err(|mistake| mistake.within("metrics"));
         let push = raw.push.check().map_err(|mistake| mistake.within("push"));
-        match (trace, http, state, metrics, push) {
-            (Ok(trace), Ok(http), Ok(state), Ok(metrics), Ok(push)) => {
-                Ok(Self { trace, http, state, push, metrics, file, given })
+        let kubernetes = raw.kubernetes.check().map_err(|mistake| mistake.within("kubernetes"));
+        match (trace, http, state, metrics, push, kubernetes) {
+            (Ok(trace), Ok(http), Ok(state), Ok(metrics), Ok(push), Ok(kubernetes)) => {
+                Ok(Self { trace, http, state, push, metrics, kubernetes, file, given })
             }
-            (trace, http, state, metrics, push) => {
-                let mistakes = [trace.err(), http.err(), state.err(), metrics.err(), push.err()];
+            (trace, http, state, metrics, push, kubernetes) => {
+                let mistakes = [trace.err(), http.err(), state.err(), metrics.err(), push.err(), kubernetes.err()];
                 Err(mistakes.iter().flatten().map(|mistake| given.refused(mistake)).collect())
             }
         }
