@@ -51,13 +51,13 @@ pub struct Positions {
 const _: () = assert!(size_of::<Lane>() == 256 && size_of::<Positions>() == 256 * (1 + LANES));
 
 /// The header of a record that is written.
-#[inline(always)]
+#[inline]
 pub const fn header(number: u64, length: u64) -> u64 {
     COMMITTED | (number & NUMBERS) << LENGTH_BITS | length
 }
 
 /// Number and length out of a header; `None` where the record is still being written.
-#[inline(always)]
+#[inline]
 pub const fn parse(header: u64) -> Option<(u64, u64)> {
     if header & COMMITTED == 0 {
         return None;
@@ -66,7 +66,7 @@ pub const fn parse(header: u64) -> Option<(u64, u64)> {
 }
 
 /// Bytes from the beginning of a lane of this size to that of the next.
-#[inline(always)]
+#[inline]
 pub const fn stride(size: u64) -> u64 {
     size + MAX_RECORD as u64
 }

@@ -29,7 +29,7 @@ use aya_obj::Object;
 use btf::Btf;
 use close::close_all;
 pub use floor::Floor;
-use leak_common::ring::{MARGIN, stride};
+use leak_common::ring::MARGIN;
 use leak_common::sampling::{Address, Interval, Sampling};
 use leak_common::unwind::Range;
 use leak_common::{Hits, op};
@@ -367,12 +367,9 @@ impl Programs {
             ("OWN_RING", u64::from(own_ring)),
             ("HAS_LOOP", u64::from(has_loop)),
             ("TAIL_CALLS", u64::from(tail_calls)),
-            ("RING_MASK", sizes.lane() - 8),
-            ("RING_LIMIT", sizes.ring_limit),
-            ("LANE_MASK", sizes.lanes - 1),
-            ("LANE_STRIDE", stride(sizes.lane())),
         ];
-        for (name, value) in &globals {
+        let of_ring = sizes.globals();
+        for (name, value) in globals.iter().chain(&of_ring) {
             loader.override_global(name, value, true);
         }
         let address_mask = address_mask();

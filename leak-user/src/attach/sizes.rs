@@ -137,6 +137,16 @@ impl Sizes {
         self.ring / self.lanes
     }
 
+    /// What the programs know of the ring.
+    pub fn globals(&self) -> [(&'static str, u64); 4] {
+        [
+            ("RING_MASK", self.lane() - 8),
+            ("RING_LIMIT", self.ring_limit),
+            ("LANE_MASK", self.lanes - 1),
+            ("LANE_STRIDE", stride(self.lane())),
+        ]
+    }
+
     /// Bytes of the ring as it lies in memory.
     pub fn whole_ring(&self) -> u64 {
         self.lanes * stride(self.lane())

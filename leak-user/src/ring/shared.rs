@@ -16,7 +16,7 @@ const HEADER: u64 = 8;
 
 /// The consumer's end, with the maps that it reads.
 pub struct Ring {
-    lanes: Lanes,
+    consumer: Consumer,
     /// Keep the memory mapped, and the maps alive.
     _memory: [(Mapping, MapData); 2],
 }
@@ -36,28 +36,28 @@ impl Ring {
         let memory = map(&data, length)?;
         let words = map(&positions, size_of::<Positions>())?;
         // SAFETY: memory of these sizes, which is mapped as long as this lives and which only the programs write besides.
-        let lanes = unsafe { Lanes::new(memory.start.cast(), words.start.cast(), lanes as usize, size) };
-        Ok(Self { lanes, _memory: [(memory, data), (words, positions)] })
+        let consumer = unsafe { Consumer::new(memory.start.cast(), words.start.cast(), lanes as usize, size) };
+        Ok(Self { consumer, _memory: [(memory, data), (words, positions)] })
     }
 
     /// See [`super::Ring::is_crowded`].
     pub fn is_crowded(&self) -> bool {
-        self.lanes.is_crowded()
+        self.consumer.is_crowded()
     }
 
     /// See [`super::Ring::end`].
     pub fn end(&self) -> u64 {
-        self.lanes.end()
+        self.consumer.end()
     }
 
     /// See [`super::Ring::position`].
     pub fn position(&self) -> u64 {
-        self.lanes.next
+        self.consumer.next
     }
 
     /// See [`super::Ring::drain`].
     pub fn drain(&mut self, end: u64, each: impl FnMut(&[&[u8]])) -> u64 {
-        self.lanes.drain(end, each)
+        self.consumer.drain(end, each)
     }
 }
 
@@ -84,7 +84,7 @@ struct Found {
 ///
 /// Each lane is read in its own order, and what is found goes into the window at the place that its number says; from there records are
 /// handed on without gaps.
-struct Lanes {
+struct Consumer {
     data: NonNull<u8>,
     positions: NonNull<Positions>,
     /// Bytes of a lane; a power of two.
@@ -97,9 +97,9 @@ struct Lanes {
 }
 
 // SAFETY: memory shared with the kernel, reached only through atomics and through `&mut self` methods.
-unsafe impl Send for Lanes {}
+unsafe impl Send for Consumer {}
 
-impl Lanes {
+impl Consumer {
     /// # Safety
     /// `data` must be the start of `lanes` times `stride(size)` zeroed bytes, aligned to eight, and `positions` as zeroed; both live as
     /// long as this, and nobody but the programs writes them.
@@ -279,11 +279,11 @@ mod tests {
             Self { data, positions: vec![0; size_of::<Positions>() / 8], lanes, size }
         }
 
-        fn lanes(&mut self) -> Lanes {
+        fn consumer(&mut self) -> Consumer {
             let data = NonNull::new(self.data.as_mut_ptr()).unwrap().cast();
             let positions = NonNull::new(self.positions.as_mut_ptr()).unwrap().cast();
             // SAFETY: zeroed, as large as they must be, and alive in the tests for as long.
-            unsafe { Lanes::new(data, positions, self.lanes, self.size) }
+            unsafe { Consumer::new(data, positions, self.lanes, self.size) }
         }
     }
 
@@ -306,8 +306,8 @@ mod tests {
     }
 
     impl Producer {
-        fn of(lanes: &Lanes) -> Self {
-            Self { data: lanes.data, positions: lanes.positions, size: lanes.size }
+        fn of(consumer: &Consumer) -> Self {
+            Self { data: consumer.data, positions: consumer.positions, size: consumer.size }
         }
 
         fn word(&self, offset: usize) -> &AtomicU64 {
@@ -346,9 +346,9 @@ mod tests {
     }
 
     /// Drains everything there is, and checks that numbers follow each other and contents are whole.
-    fn take(lanes: &mut Lanes, expected: &mut u64) {
-        let end = lanes.end();
-        lanes.drain(end, |batch| {
+    fn take(consumer: &mut Consumer, expected: &mut u64) {
+        let end = consumer.end();
+        consumer.drain(end, |batch| {
             for record in batch {
                 let words: Vec<u64> =
                     record.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
@@ -364,8 +364,8 @@ mod tests {
     fn threads_side_by_side() {
         const EACH: u64 = 20_000;
         let mut memory = Memory::new(2, 64 << 10);
-        let mut lanes = memory.lanes();
-        let producer = Producer::of(&lanes);
+        let mut consumer = memory.consumer();
+        let producer = Producer::of(&consumer);
         let stop = Arc::new(AtomicBool::new(false));
         std::thread::scope(|scope| {
             for thread in 0..3_usize {
@@ -391,7 +391,7 @@ mod tests {
             let mut expected = 0;
             let start = std::time::Instant::now();
             while expected < 3 * EACH && start.elapsed().as_secs() < 60 {
-                take(&mut lanes, &mut expected);
+                take(&mut consumer, &mut expected);
                 std::thread::yield_now();
             }
             // Or the threads would wait for room for ever.
@@ -404,8 +404,8 @@ mod tests {
     #[test]
     fn an_unfinished_record_is_waited_for() {
         let mut memory = Memory::new(2, 1 << 20);
-        let mut lanes = memory.lanes();
-        let producer = Producer::of(&lanes);
+        let mut consumer = memory.consumer();
+        let producer = Producer::of(&consumer);
         let write = |lane| {
             let mut begun = producer.place(lane, 16, u64::MAX).unwrap();
             producer.number(&mut begun);
@@ -417,15 +417,15 @@ mod tests {
         for n in 0..10_000 {
             producer.finish(&write(n % 2));
         }
-        take(&mut lanes, &mut expected);
+        take(&mut consumer, &mut expected);
         assert_eq!(expected, 1, "the second is not there");
         producer.finish(&late);
-        take(&mut lanes, &mut expected);
+        take(&mut consumer, &mut expected);
         assert_eq!(expected, 10_002);
-        assert_eq!(lanes.position_of(0) + lanes.position_of(1), 10_002 * 24, "all room is given back");
+        assert_eq!(consumer.position_of(0) + consumer.position_of(1), 10_002 * 24, "all room is given back");
     }
 
-    impl Lanes {
+    impl Consumer {
         fn position_of(&self, lane: usize) -> u64 {
             self.word_of(lane, std::mem::offset_of!(ring::Lane, consumer)).load(Ordering::Relaxed)
         }
@@ -437,8 +437,8 @@ mod tests {
         #[test]
         fn any_order_of_steps(steps in prop::collection::vec((0..3_u8, any::<u8>(), 1..40_u64), 0..600)) {
             let mut memory = Memory::new(2, 8 << 10);
-            let mut lanes = memory.lanes();
-            let producer = Producer::of(&lanes);
+            let mut consumer = memory.consumer();
+            let producer = Producer::of(&consumer);
             let (mut placed, mut numbered) = (Vec::new(), Vec::new());
             let (mut expected, mut begun) = (0, 0);
             for (step, which, words) in steps {
@@ -454,10 +454,10 @@ mod tests {
                         numbered.push(place);
                     }
                     2 if !numbered.is_empty() => producer.finish(&numbered.swap_remove(which % numbered.len())),
-                    _ => take(&mut lanes, &mut expected),
+                    _ => take(&mut consumer, &mut expected),
                 }
                 if which.is_multiple_of(5) {
-                    take(&mut lanes, &mut expected);
+                    take(&mut consumer, &mut expected);
                 }
             }
             for mut place in placed {
@@ -467,9 +467,9 @@ mod tests {
             for place in &numbered {
                 producer.finish(place);
             }
-            take(&mut lanes, &mut expected);
+            take(&mut consumer, &mut expected);
             prop_assert_eq!(expected, begun);
-            prop_assert_eq!(lanes.end(), begun);
+            prop_assert_eq!(consumer.end(), begun);
             prop_assert!(memory.data.iter().all(|word| *word == 0), "what was taken is cleared");
         }
     }

@@ -61,12 +61,18 @@ fn labels(process: &Process, report: &Report, endpoint: &Endpoint) -> BTreeMap<S
     add("instance", report.host.hostname.as_deref());
     add("container_id", process.labels.container.as_deref());
     add("unit", process.labels.unit.as_deref());
+    add("namespace", process.labels.namespace.as_deref());
+    add("pod", process.labels.pod.as_deref());
+    add("container", process.labels.container_name.as_deref());
+    add("node", process.labels.node.as_deref());
     labels
 }
 
 /// The name of a service that outlives its processes.
 fn service(labels: &Labels) -> Option<&str> {
-    labels.unit.as_deref().map(|unit| unit.trim_end_matches(".service"))
+    // A pod's name changes with each deploy, that of its container does not.
+    let unit = labels.unit.as_deref().map(|unit| unit.trim_end_matches(".service"));
+    labels.container_name.as_deref().or(unit)
 }
 
 #[derive(Clone, PartialEq, Message)]
