@@ -135,7 +135,7 @@ fn shows_what_leaks() -> Result<()> {
         // The one that dies first stands first.
         "Out of memory in about 9 min",
         "Out of memory in about 5 h 20 min",
-        "containerd 8c1f0be5a1d9",
+        "shop/orders-6c9f7d5b8-x2x4q/api",
         "212 watched, 2 traced",
         "99.8 % sure",
     ] {
