@@ -361,7 +361,8 @@ impl Programs {
             Wanted { rows, addresses: settings.addresses },
             map_allocator,
             settings.asked,
-        )?;
+        )?
+        .for_links(kind);
         let globals = [
             ("USE_TABLES", u64::from(tables)),
             ("OWN_RING", u64::from(own_ring)),

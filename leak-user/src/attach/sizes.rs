@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result, bail};
 use leak_common::ring::{LANES, MARGIN, MAX_RECORD, MIN_RING_SIZE, RING_SIZE, stride};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 
+use super::UprobeKind;
+
 /// Offsets in `struct bpf_map_def`: type, size of keys, size of values, number of elements, flags.
 pub(super) const MAP_VALUE_SIZE: usize = 8;
 pub(super) const MAP_FLAGS: usize = 16;
@@ -135,6 +137,15 @@ impl Sizes {
     /// Bytes of a lane of the ring.
     pub fn lane(&self) -> u64 {
         self.ring / self.lanes
+    }
+
+    /// With one lane where the kernel has no links over many uprobes (before 6.6): the verifier of 6.1 refuses programs that choose.
+    pub fn for_links(self, kind: UprobeKind) -> Self {
+        if kind != UprobeKind::Perf {
+            return self;
+        }
+        let usual = self.ring_limit == self.lane() - MARGIN;
+        Self { lanes: 1, ring_limit: if usual { self.ring - MARGIN } else { self.ring_limit }, ..self }
     }
 
     /// What the programs know of the ring.
