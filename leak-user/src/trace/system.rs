@@ -49,6 +49,17 @@ struct Known {
     grown_up: bool,
 }
 
+impl Known {
+    /// Its resident set, and how fast that grows if the scout knows (`Scout::slope`).
+    fn rss(&self, slope: Option<(f64, u64)>) -> report::Rss {
+        report::Rss {
+            first_bytes: Some(self.first),
+            last_bytes: Some(self.last.total),
+            growth_bytes_per_s: slope.map(|(slope, _)| slope),
+        }
+    }
+}
+
 /// The processes of the system.
 pub(super) struct System {
     selection: Selection,
@@ -146,11 +157,7 @@ impl System {
             comm: known.comm.clone(),
             exe: known.exe.clone(),
             labels: known.labels.clone(),
-            rss: report::Rss {
-                first_bytes: Some(known.first),
-                last_bytes: Some(known.last.total),
-                growth_bytes_per_s: self.scout.slope(*id).map(|(slope, _)| slope),
-            },
+            rss: known.rss(self.scout.slope(*id)),
             process: None,
         })
     }
@@ -236,11 +243,7 @@ impl System {
                     comm: known.comm.clone(),
                     exe: known.exe.clone(),
                     labels: known.labels.clone(),
-                    rss: report::Rss {
-                        first_bytes: Some(known.first),
-                        last_bytes: Some(known.last.total),
-                        growth_bytes_per_s: self.scout.slope(*id).map(|(slope, _)| slope),
-                    },
+                    rss: known.rss(self.scout.slope(*id)),
                 })
                 .collect(),
             decisions: self.decisions.iter().rev().take(LISTED * 2).rev().cloned().collect(),
