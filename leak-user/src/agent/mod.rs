@@ -30,7 +30,7 @@ use self::kube::Kubernetes;
 use self::state::State;
 use self::status::Status;
 use crate::cli::AgentFlags;
-use crate::report::{Mode, Report};
+use crate::report::{Labels, Mode, Report};
 use crate::trace::{self, Control, Observed, Sink};
 use crate::view::Outcome;
 
@@ -88,7 +88,16 @@ impl Sink for Publisher {
     }
 
     fn observe(&mut self, processes: &mut dyn Iterator<Item = Observed<'_>>, report: &mut Report) {
-        self.state.observe(processes, report, &self.published);
+        // A program is known from before a deploy by the name of its image, which the control group does not tell.
+        let named: Vec<(Observed<'_>, Labels)> = processes
+            .map(|process| {
+                let mut labels = process.labels.clone();
+                self.kubernetes.label(&mut labels);
+                (process, labels)
+            })
+            .collect();
+        let mut named = named.iter().map(|(process, labels)| Observed { labels, ..*process });
+        self.state.observe(&mut named, report, &self.published);
     }
 
     fn interval(&mut self, mut report: Report) -> Result<Outcome> {

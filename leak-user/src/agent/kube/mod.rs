@@ -319,7 +319,10 @@ impl Kubernetes {
 
     /// Names everything in the report, and has Events sent about what is confirmed to leak.
     pub fn enrich(&mut self, report: &mut Report) {
-        let system = report.system.iter_mut().flat_map(|system| system.processes.iter_mut().map(|p| &mut p.labels));
+        let system = report.system.iter_mut().flat_map(|system| {
+            let watched = system.processes.iter_mut().map(|process| &mut process.labels);
+            watched.chain(system.restarts.iter_mut().map(|restart| &mut restart.labels))
+        });
         let processes = report.processes.iter_mut().map(|process| &mut process.labels);
         let killed = report.oom_kills.iter_mut().flat_map(|kill| {
             let process = kill.process.as_mut().map(|process| &mut process.labels);

@@ -151,9 +151,16 @@ impl Baselines {
         };
         let instance = self.instances.entry(process.id).or_insert_with(fresh);
         if instance.key != key || instance.build != build {
-            // It has executed another program.
-            *instance = fresh();
+            let same_file = instance.key.1 == key.1 && instance.build == build;
+            match (instance.key.0.is_empty(), key.0.is_empty()) {
+                // Its image was not known yet, or it cannot be asked for any more.
+                (true, false) if same_file => (instance.key, instance.asked) = (key, false),
+                (false, true) if same_file => {}
+                // It has executed another program.
+                _ => *instance = fresh(),
+            }
         }
+        let key = instance.key.clone();
         instance.bytes = process.resident_bytes;
         // At its end it is not in the report any more, for a look or two.
         instance.leaking = verdict.map_or(instance.leaking, |verdict| verdict == Verdict::Leaking);
@@ -279,9 +286,23 @@ fn key(process: &Observed<'_>) -> Option<Key> {
 
 /// What has a name that outlives a deploy.
 fn within(labels: &Labels) -> String {
-    match (&labels.container, &labels.unit) {
-        (None, Some(unit)) => unit.clone(),
+    match (&labels.container, &labels.image, &labels.unit) {
+        (Some(_), Some(image), _) => untagged(image).to_owned(),
+        (None, _, Some(unit)) => unit.clone(),
         _ => String::new(),
+    }
+}
+
+/// An image's name without its tag and digest, which are others with each deploy; nothing of an image that has a digest alone.
+fn untagged(image: &str) -> &str {
+    let name = image.split('@').next().unwrap_or(image);
+    let last = name.rfind('/').map_or(0, |slash| slash + 1);
+    match name[last..].find(':') {
+        // As a runtime says it that was not told a name.
+        Some(_) if name.starts_with("sha256:") => "",
+        // What stands before the last part may be a host with its port.
+        Some(colon) => &name[..last + colon],
+        None => name,
     }
 }
 

@@ -8,6 +8,8 @@ const STEADY: i64 = 60;
 struct Host {
     baselines: Baselines,
     now: i64,
+    /// Of all of them.
+    labels: Labels,
 }
 
 /// One of its processes.
@@ -22,13 +24,13 @@ struct Fake<'a> {
 
 impl Host {
     fn new() -> Self {
-        Self { baselines: baselines(), now: 1_700_000_000 }
+        let labels = Labels { unit: Some("orders.service".to_owned()), ..Labels::default() };
+        Self { baselines: baselines(), now: 1_700_000_000, labels }
     }
 
     /// The report of a look at these processes, after some time.
     fn look(&mut self, seconds: i64, processes: &[Fake<'_>]) -> Report {
         self.now += seconds;
-        let labels = Labels { unit: Some("orders.service".to_owned()), ..Labels::default() };
         let mut report = sample::system();
         let model = report.processes[0].clone();
         report.processes = processes
@@ -40,13 +42,19 @@ impl Host {
             comm: "orders",
             exe: Some(fake.exe),
             build_id: fake.build,
-            labels: &labels,
+            labels: &self.labels,
             resident_bytes: fake.mib * MIB,
             growth_bytes_per_s: Some(fake.rate),
             watched: YOUNG,
         });
         self.baselines.observe(&mut observed, &mut report, Timestamp::from_second(self.now).unwrap());
         report
+    }
+
+    /// Its processes are in a container, of this image as far as that is known.
+    fn of_image(&mut self, image: Option<&str>) {
+        self.labels =
+            Labels { container: Some("4b1a".to_owned()), image: image.map(str::to_owned), ..Labels::default() };
     }
 
     /// The same host after the agent was restarted.
@@ -87,6 +95,56 @@ fn grew_since_a_build() {
     let report = host.look(60, &[leaking(3, "cccc", 150)]);
     let baseline = report.processes[0].baseline.as_ref().unwrap();
     assert_eq!((baseline.grew_since_build.as_deref(), baseline.leaked_with_build.as_deref()), (None, Some("bbbb")));
+}
+
+/// A deploy that changes the image's tag or digest leaves the program the same one; another image has other programs, also where their
+/// executables have the same path.
+#[test]
+fn grew_since_a_build_of_the_same_image() {
+    for (image, same) in [
+        ("registry.example:5000/shop/orders:1.5", true),
+        ("registry.example:5000/shop/orders", true),
+        ("registry.example:5000/shop/orders:1.5@sha256:07", true),
+        ("registry.example:5000/shop/orders@sha256:07", true),
+        ("registry.example:5000/shop/other:1.4", false),
+        ("registry.example/shop/orders:1.4", false),
+        ("sha256:07", false),
+    ] {
+        let mut host = Host::new();
+        host.of_image(Some("registry.example:5000/shop/orders:1.4"));
+        host.look(0, &[calm(1, "aaaa", 100)]);
+        host.look(STEADY, &[calm(1, "aaaa", 100)]);
+        let mut host = host.agent_restarted();
+        host.of_image(Some(image));
+        let report = host.look(60, &[leaking(2, "bbbb", 150)]);
+        let grew = report.processes[0].baseline.as_ref().and_then(|baseline| baseline.grew_since_build.as_deref());
+        assert_eq!(grew, same.then_some("aaaa"), "{image}");
+    }
+}
+
+/// Where images become known only later, as after the API server was away, a process stays the same one, and so it does where its image
+/// cannot be asked for any more.
+#[test]
+fn an_image_that_is_known_later() {
+    let mut host = Host::new();
+    host.of_image(None);
+    host.look(0, &[calm(1, "aaaa", 100)]);
+    host.of_image(Some("orders:1.4"));
+    host.look(STEADY - 1, &[calm(1, "aaaa", 100)]);
+    host.of_image(None);
+    host.look(1, &[calm(1, "aaaa", 100)]);
+    let programs = host.baselines.contents().programs;
+    assert_eq!(programs.len(), 1, "{programs:?}");
+    assert_eq!((programs[0].within.as_str(), programs[0].builds[0].steady_bytes), ("orders", Some((100 * MIB) as f64)));
+    // Its successor is told to be one once that is known.
+    host.of_image(Some("orders:1.4"));
+    host.look(10, &[leaking(1, "aaaa", 400)]);
+    host.look(10, &[]);
+    host.of_image(None);
+    assert!(host.look(10, &[calm(2, "aaaa", 100)]).system.unwrap().restarts.is_empty());
+    host.of_image(Some("orders:1.5"));
+    let restarts = host.look(10, &[calm(2, "aaaa", 100)]).system.unwrap().restarts;
+    assert_eq!(restarts.iter().map(|restart| (restart.pid, restart.back_to_baseline)).collect::<Vec<_>>(), [(2, true)]);
 }
 
 /// A build that was steady and leaks now has not brought the leak by itself.
