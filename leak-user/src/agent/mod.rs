@@ -12,6 +12,7 @@
 //! - [`status`]: how each part is.
 
 pub mod config;
+mod files;
 pub mod http;
 pub mod kube;
 pub mod page;
@@ -131,9 +132,13 @@ impl Reload {
     async fn reload(&self) {
         const PART: &str = "configuration";
         let status = &self.published.status;
-        let new = match Settings::load(&self.flags) {
-            Ok(new) => new,
-            Err(refused) => {
+        let flags = self.flags.clone();
+        // Files that are named may be on a disk that does not answer.
+        let new = match tokio::task::spawn_blocking(move || Settings::load(&flags)).await {
+            Ok(Ok(new)) => new,
+            // It has panicked, which is in the log.
+            Err(_) => return status.count(PART, "refused"),
+            Ok(Err(refused)) => {
                 let text: Vec<String> = refused.iter().map(ToString::to_string).collect();
                 status.count(PART, "refused");
                 return status.degraded(PART, format!("not taken over: {}", text.join("; ")));
@@ -160,15 +165,17 @@ fn watch_signals(reload: Reload) -> Result<watch::Receiver<bool>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    // By itself, so that an end does not wait for it.
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            reload.reload().await;
+        }
+    });
     tokio::spawn(async move {
         loop {
             let number = tokio::select! {
                 _ = interrupt.recv() => libc::SIGINT,
                 _ = terminate.recv() => libc::SIGTERM,
-                _ = hangup.recv() => {
-                    reload.reload().await;
-                    continue;
-                }
             };
             if sender.send_replace(true) {
                 std::process::exit(128 + number);

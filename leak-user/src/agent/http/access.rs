@@ -4,7 +4,6 @@
 //! by a name of its own that it lets point to 127.0.0.1, so such names are not answered to. With a token whoever has it may ask, by
 //! whatever name.
 
-use std::io::Read as _;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,10 +13,10 @@ use axum::http::{HeaderMap, Uri};
 use subtle::ConstantTimeEq as _;
 
 use crate::agent::config::Mistake;
+use crate::agent::files;
 
 /// Characters of a token; fewer could be found by trying.
 const LEAST: usize = 16;
-const MOST: usize = 4096;
 
 /// The secret that clients show. It is never printed.
 #[derive(Clone)]
@@ -26,16 +25,8 @@ pub struct Token(Arc<[u8]>);
 impl Token {
     /// The text of a file, without what is blank around it.
     pub fn read(path: &Path) -> Result<Self, Mistake> {
-        let failed = |what: String| Mistake::new("token_file", format!("{}: {what}", path.display()));
-        let mut text = Vec::new();
-        std::fs::File::open(path)
-            .and_then(|file| file.take(MOST as u64 + 1).read_to_end(&mut text))
-            .map_err(|error| failed(format!("cannot be read: {error}")))?;
-        let token = text.trim_ascii();
-        if !(LEAST..=MOST).contains(&token.len()) || !token.iter().all(u8::is_ascii_graphic) {
-            return Err(failed(format!("must hold one token of {LEAST} to {MOST} letters, digits and signs")));
-        }
-        Ok(Self(token.into()))
+        let token = files::token(path, LEAST).map_err(|what| Mistake::new("token_file", what))?;
+        Ok(Self(token.into_bytes().into()))
     }
 
     /// Whether the request shows it. How long that takes does not tell how much of it was right.
@@ -85,22 +76,6 @@ mod tests {
             assert_eq!(token.is_shown(&headers(AUTHORIZATION, shown)), opens, "{shown:?}");
         }
         assert!(!token.is_shown(&HeaderMap::new()));
-    }
-
-    /// Files that hold no token are refused by their name, and a token is taken without its line end.
-    #[test]
-    fn token_files() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("token");
-        for text in ["", "\n", "short", "two words of some length", "ünïcödé-ünïcödé", &"x".repeat(5000)] {
-            std::fs::write(&file, text).unwrap();
-            let Err(mistake) = Token::read(&file) else { panic!("{text:?} is no token") };
-            assert!(mistake.what.contains(file.to_str().unwrap()) && mistake.what.contains("16"), "{mistake:?}");
-            assert!(text.len() < 5 || !mistake.what.contains(text), "{mistake:?}");
-        }
-        assert!(Token::read(&folder.path().join("none")).is_err_and(|mistake| mistake.what.contains("none")));
-        std::fs::write(&file, "0123456789abcdef\n").unwrap();
-        assert!(Token::read(&file).unwrap().is_shown(&headers(AUTHORIZATION, "Bearer 0123456789abcdef")));
     }
 
     /// Names that others can let point here are not this host's.

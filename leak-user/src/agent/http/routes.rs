@@ -130,31 +130,43 @@ fn latest(shared: &Shared) -> Arc<Report> {
     Arc::clone(&shared.published.report.borrow())
 }
 
-async fn metrics(State(shared): State<Shared>) -> Response {
-    let limits = shared.published.settings.borrow().metrics;
-    let agent = shared.published.status.figures();
-    match openmetrics::text(&latest(&shared), limits, Own::read(), &agent) {
-        Ok(text) => answer(openmetrics::CONTENT_TYPE, text),
+/// Makes an answer of the latest report. On a large node that takes so long that other answers should not wait for it.
+async fn made(shared: &Shared, make: impl FnOnce(&Report) -> Response + Send + 'static) -> Response {
+    let report = latest(shared);
+    match tokio::task::spawn_blocking(move || make(&report)).await {
+        Ok(answer) => answer,
         Err(error) => failed(&error),
     }
 }
 
-async fn report(State(shared): State<Shared>) -> Response {
-    match serde_json::to_vec(&*latest(&shared)) {
+fn json(value: &impl serde::Serialize) -> Response {
+    match serde_json::to_vec(value) {
         Ok(text) => answer(JSON, text),
         Err(error) => failed(&error),
     }
+}
+
+async fn metrics(State(shared): State<Shared>) -> Response {
+    let limits = shared.published.settings.borrow().metrics;
+    let agent = shared.published.status.figures();
+    let make = move |report: &Report| match openmetrics::text(report, limits, Own::read(), &agent) {
+        Ok(text) => answer(openmetrics::CONTENT_TYPE, text),
+        Err(error) => failed(&error),
+    };
+    made(&shared, make).await
+}
+
+async fn report(State(shared): State<Shared>) -> Response {
+    made(&shared, json).await
 }
 
 /// One process, as the report has it.
 async fn process(State(shared): State<Shared>, Path(pid): Path<String>) -> Response {
-    let report = latest(&shared);
-    let found = pid.parse().ok().and_then(|pid: u32| report.processes.iter().find(|process| process.pid == pid));
-    let Some(process) = found else { return not_traced(&report, &pid) };
-    match serde_json::to_vec(process) {
-        Ok(text) => answer(JSON, text),
-        Err(error) => failed(&error),
-    }
+    let make = move |report: &Report| {
+        let found = pid.parse().ok().and_then(|pid: u32| report.processes.iter().find(|process| process.pid == pid));
+        found.map_or_else(|| not_traced(report, &pid), json)
+    };
+    made(&shared, make).await
 }
 
 fn not_traced(report: &Report, pid: &str) -> Response {
@@ -178,12 +190,12 @@ struct Wanted {
 }
 
 async fn heap(State(shared): State<Shared>, Query(wanted): Query<Wanted>) -> Response {
-    profile(&latest(&shared), &wanted, "inuse_space")
+    made(&shared, move |report| profile(report, &wanted, "inuse_space")).await
 }
 
 /// The same profile under the name by which profilers ask for what was allocated.
 async fn allocs(State(shared): State<Shared>, Query(wanted): Query<Wanted>) -> Response {
-    profile(&latest(&shared), &wanted, "alloc_space")
+    made(&shared, move |report| profile(report, &wanted, "alloc_space")).await
 }
 
 fn profile(report: &Report, wanted: &Wanted, usual: &str) -> Response {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ServerConfig};
 use tokio_rustls::server::TlsStream;
 
 use crate::agent::config::Mistake;
+use crate::agent::files::certificates;
 
 /// A certificate with its key.
 #[derive(Clone)]
@@ -20,15 +21,10 @@ pub struct Tls(Arc<ServerConfig>);
 impl Tls {
     /// Reads both from PEM files, the server's own certificate first.
     pub fn read(certificate: &Path, key: &Path) -> Result<Self, Mistake> {
-        let failed = |key: &str, path: &Path, what: String| Mistake::new(key, format!("{}: {what}", path.display()));
-        let chain = CertificateDer::pem_file_iter(certificate)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|error| failed("tls_certificate", certificate, format!("cannot be read: {error}")))?;
-        if chain.is_empty() {
-            return Err(failed("tls_certificate", certificate, "holds no certificate in PEM form".to_owned()));
-        }
+        let chain = certificates(certificate).map_err(|what| Mistake::new("tls_certificate", what))?;
+        let failed = |what: String| Mistake::new("tls_key", format!("{}: {what}", key.display()));
         let private = PrivateKeyDer::from_pem_file(key)
-            .map_err(|error| failed("tls_key", key, format!("holds no private key that can be read: {error}")))?;
+            .map_err(|error| failed(format!("holds no private key that can be read: {error}")))?;
         let made = || -> Result<ServerConfig, rustls::Error> {
             let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
                 .with_safe_default_protocol_versions()?
@@ -37,8 +33,7 @@ impl Tls {
             config.alpn_protocols = vec![b"http/1.1".to_vec()];
             Ok(config)
         };
-        let config =
-            made().map_err(|error| failed("tls_key", key, format!("does not fit the certificate: {error}")))?;
+        let config = made().map_err(|error| failed(format!("does not fit the certificate: {error}")))?;
         Ok(Self(Arc::new(config)))
     }
 

@@ -3,7 +3,7 @@
 //! By hyper's client with rustls, which the API server of Kubernetes is asked with too. Redirects are not followed: a token would go with
 //! them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,14 +17,13 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use prost::Message as _;
 use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::CertificateDer;
-use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::Kind;
 use super::config::{Endpoint, read_token};
 use super::metrics::ExportResponse;
 use super::queue::Payload;
+use crate::agent::files::certificates;
 use crate::view::safe_bytes;
 
 /// Of an answer; more is no answer to this.
@@ -96,7 +95,7 @@ impl Client {
         *request.headers_mut() = self.headers.clone();
         // Read anew each time: tokens of service accounts are replaced every hour or so.
         if let Some(file) = self.token_file.clone() {
-            let token = tokio::task::spawn_blocking(move || read_token(&file)).await??;
+            let token = tokio::task::spawn_blocking(move || read_token(&file)).await?.map_err(anyhow::Error::msg)?;
             request.headers_mut().insert(AUTHORIZATION, token);
         }
         let answer = self.http.request(request).await.context("failed to send")?;
@@ -151,7 +150,7 @@ impl Client {
 fn roots(endpoint: &Endpoint) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     if let Some(file) = &endpoint.ca_file {
-        for certificate in certificates(file)? {
+        for certificate in certificates(file).map_err(anyhow::Error::msg)? {
             roots.add(certificate).with_context(|| format!("failed to take a certificate of {}", file.display()))?;
         }
     } else if endpoint.url.scheme_str() == Some("https") {
@@ -162,11 +161,4 @@ fn roots(endpoint: &Endpoint) -> Result<RootCertStore> {
         );
     }
     Ok(roots)
-}
-
-pub fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let certificates = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let certificates = certificates.with_context(|| format!("failed to read {}", file.display()))?;
-    ensure!(!certificates.is_empty(), "failed to find a certificate in PEM form in {}", file.display());
-    Ok(certificates)
 }

@@ -1,21 +1,17 @@
 //! `[push.pyroscope]`, `[push.parca]` and `[push.otlp]`: the same keys each. What has no `url` is not pushed to.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
 use axum::http::Uri;
 use axum::http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 
 use super::Kind;
-use super::client::certificates;
 use crate::agent::config::{Mistake, Text, path, size, time};
+use crate::agent::files;
 
-/// A longer token is none.
-const MOST_TOKEN: u64 = 16 << 10;
 const MOST_QUEUED: usize = 1024;
 /// Labels and headers that may be added.
 const MOST_ADDED: usize = 32;
@@ -129,10 +125,10 @@ impl Section {
         let file = |key: &str, file: &Option<PathBuf>| file.as_deref().map(|file| path(key, file)).transpose();
         let (token_file, ca_file) = (file("token_file", &self.token_file)?, file("ca_file", &self.ca_file)?);
         if let Some(file) = &token_file {
-            read_token(file).map_err(|error| Mistake::new("token_file", format!("{error:#}")))?;
+            read_token(file).map_err(|what| Mistake::new("token_file", what))?;
         }
         if let Some(file) = &ca_file {
-            certificates(file).map_err(|error| Mistake::new("ca_file", format!("{error:#}")))?;
+            files::certificates(file).map_err(|what| Mistake::new("ca_file", what))?;
         }
         if !(1..=MOST_QUEUED).contains(&self.max_queued) {
             return Err(Mistake::new("max_queued", format!("must be a number from 1 to {MOST_QUEUED}")));
@@ -199,16 +195,10 @@ fn labels(labels: &BTreeMap<String, String>) -> Result<BTreeMap<String, String>,
 }
 
 /// The header with the token of a file.
-pub fn read_token(file: &Path) -> Result<HeaderValue> {
-    let mut text = String::new();
-    std::fs::File::open(file)
-        .and_then(|file| file.take(MOST_TOKEN + 1).read_to_string(&mut text))
-        .with_context(|| format!("failed to read {}", file.display()))?;
-    let token = text.trim();
-    let fits =
-        !token.is_empty() && text.len() as u64 <= MOST_TOKEN && token.bytes().all(|byte| byte.is_ascii_graphic());
-    ensure!(fits, "failed to find one token in {}", file.display());
-    let mut value = HeaderValue::from_str(&format!("Bearer {token}"))?;
+pub fn read_token(file: &Path) -> Result<HeaderValue, String> {
+    let token = files::token(file, 1)?;
+    // All of a token's characters are a header's, too.
+    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|error| error.to_string())?;
     value.set_sensitive(true);
     Ok(value)
 }

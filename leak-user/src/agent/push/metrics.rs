@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use prost::Message;
 
 use super::config::Endpoint;
+use super::nanoseconds;
 use crate::export::openmetrics::{self, Figures, Limits, Own};
 use crate::report::Report;
 
@@ -31,10 +32,6 @@ pub fn request(report: &Report, limits: Limits, figures: &Figures, endpoint: &En
         scope_metrics: vec![ScopeMetrics { scope: Some(scope), metrics }],
     }];
     ExportRequest { resource_metrics }.encode_to_vec()
-}
-
-fn nanoseconds(report: &Report, after_s: f64) -> u64 {
-    u64::try_from(report.started_at.as_nanosecond()).unwrap_or(0) + (after_s * 1e9) as u64
 }
 
 fn attribute(key: &str, value: &str) -> KeyValue {

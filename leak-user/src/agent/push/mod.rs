@@ -142,6 +142,11 @@ async fn make(kind: Kind, endpoint: Endpoint, published: Arc<Published>, queue: 
     }
 }
 
+/// A time after the start of a report's trace, in nanoseconds since 1970.
+fn nanoseconds(report: &Report, after_start_s: f64) -> u64 {
+    u64::try_from(report.started_at.as_nanosecond()).unwrap_or(0) + (after_start_s * 1e9) as u64
+}
+
 /// Sends what waits, the oldest first.
 async fn send(
     kind: Kind,

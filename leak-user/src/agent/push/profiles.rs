@@ -14,6 +14,7 @@ use prost::Message;
 use serde_json::{Value, json};
 
 use super::config::Endpoint;
+use super::nanoseconds;
 use crate::export::pprof;
 use crate::report::{Labels, Process, Report};
 
@@ -39,8 +40,7 @@ pub fn series(report: &Report, most: usize, endpoint: &Endpoint) -> Option<Vec<S
     let made = services.into_iter().filter_map(|(labels, processes)| {
         let mut profile = pprof::profile(report, processes);
         pprof::keep_in_use(&mut profile);
-        let now = report.started_at.as_nanosecond() as f64 + report.duration_s * 1e9;
-        profile.time_nanos = now as i64;
+        profile.time_nanos = i64::try_from(nanoseconds(report, report.duration_s)).unwrap_or(i64::MAX);
         profile.duration_nanos = 0;
         Some(Series { labels, profile: pprof::compressed(&profile).ok()? })
     });
@@ -70,8 +70,9 @@ fn labels(process: &Process, report: &Report, endpoint: &Endpoint) -> BTreeMap<S
 
 /// The name of a service that outlives its processes.
 fn service(labels: &Labels) -> Option<&str> {
-    // A pod's name changes with each deploy, that of its container does not.
-    let unit = labels.unit.as_deref().map(|unit| unit.trim_end_matches(".service"));
+    // A pod's name changes with each deploy, that of its container does not; a container's unit is named after its id.
+    let unit = labels.unit.as_deref().filter(|_| labels.container.is_none());
+    let unit = unit.map(|unit| unit.trim_end_matches(".service"));
     labels.container_name.as_deref().or(unit)
 }
 

@@ -29,6 +29,7 @@ use super::metrics::{ExportRequest, ExportResponse, PartialSuccess, metric};
 use super::profiles::PushRequest;
 use super::*;
 use crate::agent::config::Settings as All;
+use crate::agent::files::certificates;
 use crate::agent::status::Status;
 use crate::cli::AgentFlags;
 use crate::export::pprof::proto::Profile;
@@ -454,7 +455,7 @@ async fn tls() {
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
-        .with_single_cert(client::certificates(&certificate).unwrap(), PrivateKeyDer::from_pem_file(&key).unwrap())
+        .with_single_cert(certificates(&certificate).unwrap(), PrivateKeyDer::from_pem_file(&key).unwrap())
         .unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
