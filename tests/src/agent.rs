@@ -1,15 +1,19 @@
 //! Runs the agent and asks it over HTTP.
 
+use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
+use tempfile::TempDir;
 
+use crate::compile::Program;
+use crate::fixture::{Builder, Fixture};
 use crate::leaktrace::{Leaktrace, Outcome, Running};
 use crate::patience;
 
@@ -87,8 +91,72 @@ impl Agent {
 
     /// Ends it by SIGTERM.
     pub fn stop(self) -> Result<Outcome> {
-        self.running.signal(libc::SIGTERM)?;
+        self.signal(libc::SIGTERM)?;
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub fn wait(self) -> Result<Outcome> {
         self.running.finish(patience())
+    }
+}
+
+/// What an agent is to trace: a copy of `leak_slow` in a folder of its own, by the path of which it is chosen.
+pub struct Traced {
+    folder: TempDir,
+}
+
+impl Traced {
+    pub fn new() -> Result<Self> {
+        let traced = Self { folder: tempfile::tempdir()? };
+        traced.replace(&Program::c("leak_slow").build()?)?;
+        Ok(traced)
+    }
+
+    /// Where the program is, and the agent's configuration and state.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.folder().join("agent.toml")
+    }
+
+    fn program(&self) -> PathBuf {
+        self.folder().join("leak_slow")
+    }
+
+    /// Puts another program in its place; processes keep what they run.
+    pub fn replace(&self, program: &Path) -> Result<()> {
+        let new = self.folder().join("new");
+        fs::copy(program, &new)?;
+        fs::rename(new, self.program()).context("failed to replace the program")
+    }
+
+    /// A process of it, which leaks 200 kB each second.
+    pub fn builder(&self) -> Builder {
+        Fixture::builder(&self.program()).arg("--rate").arg("200000").arg("--block").arg("512")
+    }
+
+    /// Writes the configuration: the program is traced at once and wholly, with two reports a second. `rest` is more keys of `[trace]`, and
+    /// other sections.
+    pub fn configure(&self, rest: &str) -> Result<()> {
+        let interval = if rest.starts_with("interval = ") { "" } else { "interval = '500ms'\n" };
+        let exe = self.program();
+        let text = format!("[trace]\nexe = '{}'\nmax_overhead = 'off'\nall = true\n{interval}{rest}", exe.display());
+        fs::write(self.config(), text).context("failed to write the configuration")
+    }
+
+    /// Starts an agent with that configuration.
+    pub fn agent(&self) -> Result<Agent> {
+        self.agent_with(Leaktrace::new()?)
+    }
+
+    /// The same with a command line that was begun elsewhere.
+    pub fn agent_with(&self, leaktrace: Leaktrace) -> Result<Agent> {
+        let config = self.config();
+        let config = config.to_str().context("the folder's name is text")?;
+        Agent::start_with(leaktrace, &self.folder().join("state"), ["--config", config])
     }
 }
 

@@ -1,7 +1,7 @@
 //! Control groups that tests make.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +10,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use crate::host::wait_until;
+
+/// Has the program started in the group whose `cgroup.procs` this is.
+pub fn enter(command: &mut Command, processes: &Path) -> io::Result<()> {
+    // The file is opened here: between fork and exec nothing may be allocated.
+    let file = fs::OpenOptions::new().write(true).open(processes)?;
+    let enter = move || (&file).write_all(b"0");
+    // SAFETY: one write(2), which allocates nothing.
+    unsafe { command.pre_exec(enter) };
+    Ok(())
+}
 
 /// A cgroup with a memory limit; of version 2 where that has the controller, else of version 1.
 pub struct MemoryGroup {
@@ -54,12 +64,8 @@ impl MemoryGroup {
 
     /// Has the program started in it.
     pub fn enter(&self, command: &mut Command) {
-        let path = self.folder.join("cgroup.procs");
-        // The file is opened here: between fork and exec nothing may be allocated.
-        let Ok(file) = fs::OpenOptions::new().write(true).open(path) else { return };
-        let enter = move || (&file).write_all(b"0");
-        // SAFETY: one write(2), which allocates nothing.
-        unsafe { command.pre_exec(enter) };
+        // Where that cannot be it stays where it is, and the group's peak tells.
+        let _ = enter(command, &self.folder.join("cgroup.procs"));
     }
 
     /// The most memory that its processes have had, kernel memory that is charged to them included.

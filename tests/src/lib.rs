@@ -12,6 +12,7 @@ mod fixture;
 mod gdb;
 pub mod host;
 pub mod kernels;
+pub mod kubernetes;
 mod leaktrace;
 mod lines;
 pub mod programs;
@@ -20,7 +21,7 @@ pub mod soak;
 mod start;
 mod together;
 
-pub use agent::{Agent, Answer, Client, metric};
+pub use agent::{Agent, Answer, Client, Traced, metric};
 pub use compile::{PREBUILT_VARIABLE, Program, target_dir};
 pub use fixture::{Builder, Fixture};
 pub use gdb::{GdbFrame, gdb_frames};

@@ -1,10 +1,6 @@
 //! A node with a hundred processes in control groups as Kubernetes makes them, and an API server that has its moods.
 
-mod server;
-
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -12,103 +8,40 @@ use leak_user::agent::kube::{Kubernetes, Server as At, Settings, State};
 use leak_user::labels::Labels;
 use leak_user::process::{give_back_memory, own_memory};
 use leak_user::report::{self, Host, Mode, Report, Watched};
+use leaktrace_tests::kubernetes::{Container, Mood, NODE, Server};
 use leaktrace_tests::{host, patience};
 use serde_json::{Value, json};
 
-use server::{Mood, Server};
-
-const NODE: &str = "node-1";
 const PROCESSES: usize = 100;
 
-/// A process that sleeps in a control group of its own.
+/// A process that sleeps in a container of its own.
 struct Member {
     child: Child,
-    uid: String,
-    /// As the API server names it.
-    container: String,
-    /// By the innermost to be removed first.
-    folders: Vec<PathBuf>,
+    container: Container,
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        for folder in &self.folders {
-            // Those that others still have are left to them.
-            host::wait_until(Duration::from_millis(200), || {
-                fs::remove_dir(folder).is_ok() || !folder.exists() || has_groups(folder)
-            });
-        }
     }
-}
-
-fn has_groups(folder: &Path) -> bool {
-    fs::read_dir(folder).is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir()))
-}
-
-/// The paths of runtimes, by both drivers, with the runtime as the API server names it.
-fn shapes(uid: &str, id: &str) -> Vec<(&'static str, String)> {
-    let slice = uid.replace('-', "_");
-    let burstable = format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{slice}.slice");
-    let guaranteed = format!("kubepods.slice/kubepods-pod{slice}.slice");
-    let best = format!("kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{slice}.slice");
-    vec![
-        ("containerd", format!("{burstable}/cri-containerd-{id}.scope")),
-        ("containerd", format!("kubepods/burstable/pod{uid}/{id}")),
-        ("containerd", format!("system.slice/kubepods-burstable-pod{slice}.slice:cri-containerd:{id}")),
-        ("cri-o", format!("{guaranteed}/crio-{id}.scope/container")),
-        ("cri-o", format!("kubepods/besteffort/pod{uid}/crio-{id}")),
-        ("docker", format!("{best}/docker-{id}.scope")),
-        ("docker", format!("kubepods/pod{uid}/{id}")),
-    ]
-}
-
-/// Where groups can be made: of version 2, and of version 1 with the memory controller. Both where both are there.
-fn hierarchies() -> Vec<PathBuf> {
-    let second = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        .into_iter()
-        .find(|root| Path::new(root).join("cgroup.procs").exists() && !Path::new(root).join("tasks").exists());
-    let first = Some("/sys/fs/cgroup/memory").filter(|root| Path::new(root).join("memory.limit_in_bytes").exists());
-    second.into_iter().chain(first).map(PathBuf::from).collect()
 }
 
 fn members(top: &str) -> Option<Vec<Member>> {
-    let roots = hierarchies();
-    let mut members = Vec::new();
-    for n in 0..PROCESSES {
-        let uid = format!("1f0a9c3e-6d2b-4a7e-9c51-{n:012x}");
-        let id = format!("{n:032x}{:032x}", n * 7919 + 1);
-        let shapes = shapes(&uid, &id);
-        let (runtime, path) = &shapes[n % shapes.len()];
-        let root = roots.get(n / shapes.len() % roots.len().max(1))?.join(top);
-        let folder = root.join(path);
-        fs::create_dir_all(&folder).ok()?;
+    let member = |n| {
+        let container = Container::new(top, n)?;
         let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().ok()?;
-        let folders = folder.ancestors().take_while(|above| above.starts_with(&root)).map(Path::to_owned).collect();
-        let procs = folder.join("cgroup.procs");
-        members.push(Member { child, uid, container: format!("{runtime}://{id}"), folders });
-        fs::write(procs, members[n].child.id().to_string()).ok()?;
-    }
-    Some(members)
+        let member = Member { child, container };
+        member.container.take(member.child.id()).ok()?;
+        Some(member)
+    };
+    (0..PROCESSES).map(member).collect()
 }
 
 /// What the API server says of them; each time with other names.
 fn pods(members: &[Member], generation: u32) -> BTreeMap<String, Value> {
-    let pod = |(n, member): (usize, &Member)| {
-        let container =
-            json!({ "name": format!("main-{n}"), "image": format!("registry.example/app-{n}:{generation}") });
-        let status = json!({ "name": format!("main-{n}"), "image": "sha256:1", "containerID": member.container });
-        let pod = json!({
-            "kind": "Pod", "apiVersion": "v1",
-            "metadata": { "name": format!("app-{n}-{generation}"), "namespace": format!("team-{}", n % 7), "uid": member.uid,
-                "managedFields": [{ "manager": "kubelet", "fieldsV1": { "f:status": { "x": "y".repeat(2000) } } }] },
-            "spec": { "nodeName": NODE, "containers": [container] },
-            "status": { "phase": "Running", "containerStatuses": [status] },
-        });
-        (member.uid.clone(), pod)
-    };
-    members.iter().enumerate().map(pod).collect()
+    let pod = |member: &Member| (member.container.uid.clone(), member.container.pod(&generation.to_string()));
+    members.iter().map(pod).collect()
 }
 
 fn watched(members: &[Member]) -> Report {
@@ -244,6 +177,7 @@ fn simulated_node() {
             memory()
         })
         .collect();
+    assert!(server.met_bounds(), "an answer without an end was taken whole");
     eprintln!(
         "own memory after each round: {} KiB",
         rounds.iter().map(|bytes| (bytes >> 10).to_string()).collect::<Vec<_>>().join(", ")
@@ -255,7 +189,7 @@ fn simulated_node() {
     // A pod that is gone, and one that comes, are told by the watch.
     generation += 1;
     let mut fewer = pods(&members, generation);
-    fewer.remove(&members[5].uid);
+    fewer.remove(&members[5].container.uid);
     server.set_pods(fewer);
     let shared = kubernetes.shared();
     let one_less = || matches!(shared.state(), State::Current { pods, .. } if pods == PROCESSES - 1);
@@ -286,7 +220,7 @@ fn simulated_node() {
     assert_eq!(events.len(), 1, "{events:?}");
     let event = &events[0];
     assert_eq!(event["regarding"]["name"], format!("app-0-{generation}"));
-    assert_eq!(event["regarding"]["uid"], members[0].uid);
+    assert_eq!(event["regarding"]["uid"], members[0].container.uid);
     assert_eq!((&event["type"], &event["reason"]), (&json!("Warning"), &json!("MemoryLeak")));
     let note = event["note"].as_str().expect("a note");
     assert!(note.contains("remember") && note.contains("out of memory in about 3 h 20 min"), "{note}");

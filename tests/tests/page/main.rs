@@ -14,7 +14,8 @@ use std::{env, fs, thread};
 use anyhow::{Context as _, Result, ensure};
 use chromium::Chromium;
 use leak_user::view::{names, units, words};
-use leaktrace_tests::{Agent, Fixture, Program, host};
+use leaktrace_tests::kubernetes::{Container, NODE, Server as Cluster};
+use leaktrace_tests::{Traced, host};
 use report::{Frame, Labels, Report, Verdict, sample};
 use serde_json::json;
 use server::{Answer, Server};
@@ -227,7 +228,8 @@ fn asks_for_the_token() -> Result<()> {
     Ok(())
 }
 
-/// A real agent and a real leak: the page asks for the token, then names the function that leaks, and has asked nobody but the agent.
+/// A real agent and a real leak: the page asks for the token, then names the function that leaks and the pod that it is in, and has asked
+/// nobody but the agent.
 #[test]
 fn of_a_real_agent() -> Result<()> {
     const TEST: &str = "of_a_real_agent";
@@ -236,16 +238,25 @@ fn of_a_real_agent() -> Result<()> {
         return Ok(());
     }
     let Some(mut browser) = browser(TEST)? else { return Ok(()) };
-    let folder = tempfile::tempdir()?;
-    let program = folder.path().join("leak_slow");
-    fs::copy(Program::c("leak_slow").build()?, &program)?;
-    let fixture = Fixture::builder(&program).arg("--rate").arg("200000").arg("--block").arg("512").start()?;
-    let (config, token) = (folder.path().join("agent.toml"), folder.path().join("token"));
+    let traced = Traced::new()?;
+    let mut fixture = traced.builder();
+    // In a pod, where control groups can be made.
+    let container = Container::new(&format!("leaktrace-test-page-{}", std::process::id()), 0);
+    let cluster = Cluster::start();
+    let mut expected = vec!["1 process leaks", "leak_slow", "LEAKING", "leak_slow.c:", "Growth over time", "Losses: "];
+    if let Some(container) = &container {
+        container.enter(fixture.command())?;
+        cluster.set_pods([(container.uid.clone(), container.pod("7"))].into());
+        expected.extend(["team-0/app-0-7/main-0", "registry.example/app-0:7", NODE]);
+    } else {
+        host::skip(TEST, "control groups cannot be made");
+    }
+    let fixture = fixture.start()?;
+    let token = traced.folder().join("token");
     fs::write(&token, TOKEN)?;
-    let trace = format!("exe = {program:?}\nmax_overhead = 'off'\nall = true\ninterval = '500ms'");
-    fs::write(&config, format!("[trace]\n{trace}\n[http]\ntoken_file = {token:?}\n"))?;
-    let config = config.to_str().context("the folder's name is text")?;
-    let agent = Agent::start(&folder.path().join("state"), ["--config", config])?;
+    let kubernetes = format!("api_server = '{}'\nnode_name = '{NODE}'", cluster.url());
+    traced.configure(&format!("[http]\ntoken_file = {token:?}\n[kubernetes]\n{kubernetes}\n"))?;
+    let agent = traced.agent()?;
     let url = format!("http://{}", agent.address());
     browser.look_by(1280, 900, false)?;
     browser.open(&format!("{url}/#{}", fixture.pid()))?;
@@ -258,7 +269,7 @@ fn of_a_real_agent() -> Result<()> {
         browser.wait_for(leaks)?;
     }
     let text = browser.text()?;
-    for part in ["1 process leaks", "leak_slow", "LEAKING", "leak_slow.c:", "Growth over time", "Losses: "] {
+    for part in expected {
         ensure!(text.contains(part), "{part:?} is not in\n{text}");
     }
     picture(&mut browser, "real")?;

@@ -1,5 +1,7 @@
 //! The agent: what it serves, whom it serves, and what it does when something around it is wrong.
 
+mod kubernetes;
+
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -8,7 +10,7 @@ use std::process::Command;
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use leaktrace_tests::{Agent, Answer, Fixture, Leaktrace, PATIENCE, Program, has_frame, host, metric, stacks};
+use leaktrace_tests::{Agent, Answer, Leaktrace, PATIENCE, Traced, has_frame, host, metric, stacks};
 
 /// Selects nobody, for tests of what is around tracing.
 const NOBODY: &str = "trace.comm=nobody-at-all";
@@ -27,19 +29,11 @@ fn serves_what_it_finds() -> Result<()> {
     if !host::can_trace("serves_what_it_finds") {
         return Ok(());
     }
-    let folder = tempfile::tempdir()?;
-    let program = folder.path().join("leak_slow");
-    fs::copy(Program::c("leak_slow").build()?, &program)?;
-    let fixture = Fixture::builder(&program).arg("--rate").arg("200000").arg("--block").arg("512").start()?;
+    let traced = Traced::new()?;
+    let fixture = traced.builder().start()?;
     let pid = fixture.pid();
-    let config = folder.path().join("agent.toml");
-    let write = |rest: &str| {
-        let text = format!("[trace]\nexe = {program:?}\nmax_overhead = 'off'\nall = true\n{rest}");
-        fs::write(&config, text)
-    };
-    write("interval = '500ms'\n")?;
-    let file = config.to_str().context("the folder's name is text")?;
-    let mut agent = Agent::start(&folder.path().join("state"), ["--config", file])?;
+    traced.configure("")?;
+    let mut agent = traced.agent()?;
     agent.wait_for("/readyz", |answer| answer.status == 200)?;
     let leaks = |answer: &Answer| {
         answer.json().is_ok_and(|report| {
@@ -65,16 +59,16 @@ fn serves_what_it_finds() -> Result<()> {
     ensure!(page.ends_with("# EOF\n"), "{page}");
     let series = format!("leaktrace_process_growth_bytes_per_second{{pid=\"{pid}\"");
     ensure!(metric(&page, &series).is_some_and(|rate| rate > 1000.0), "{page}");
-    profile_is_read(&agent, pid, folder.path())?;
+    profile_is_read(&agent, pid, traced.folder())?;
 
     // A mistake changes nothing, and is said with its place.
-    write("interval = 'often'\n")?;
+    traced.configure("interval = 'often'\n")?;
     agent.signal(libc::SIGHUP)?;
     let answer = agent.wait_for("/readyz", |answer| answer.text().contains("configuration: degraded"))?;
     ensure!(answer.status == 200 && answer.text().contains("agent.toml:5: trace.interval"), "{}", answer.text());
     // Who is selected can change, and where it listens cannot.
     fs::write(
-        &config,
+        traced.config(),
         "[trace]\ncomm = 'nobody-at-all'\nmax_overhead = 'off'\nall = true\ninterval = '1s'\nkernel_memory = '32MiB'\n",
     )?;
     agent.signal(libc::SIGHUP)?;
@@ -85,7 +79,7 @@ fn serves_what_it_finds() -> Result<()> {
         answer.json().is_ok_and(|report| report["processes"] == serde_json::json!([]))
     })?;
     ensure!(host::breakpoints(pid)? == 0, "a process that is not selected any more has breakpoints");
-    write("interval = '500ms'\n")?;
+    traced.configure("")?;
     agent.signal(libc::SIGHUP)?;
     agent
         .wait_for("/api/v1/report", |answer| answer.json().is_ok_and(|report| report["processes"][0]["pid"] == pid))?;

@@ -42,9 +42,14 @@ struct Inner {
     events: Mutex<BTreeMap<String, Value>>,
     /// What was asked for, without what the mood did of it.
     asked: Mutex<Vec<String>>,
+    /// A bearer token that every request has to show.
+    token: Option<String>,
+    /// A client took all of an answer without an end.
+    unbounded: AtomicBool,
     stop: AtomicBool,
 }
 
+/// Ends, with its connections, when dropped.
 pub struct Server {
     address: SocketAddr,
     inner: Arc<Inner>,
@@ -60,6 +65,11 @@ impl Drop for Server {
 
 impl Server {
     pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// One that asks for a bearer token, if one is given.
+    pub fn start_with(token: Option<&str>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
         let inner = Arc::new(Inner {
@@ -68,6 +78,8 @@ impl Server {
             pods: Mutex::default(),
             events: Mutex::default(),
             asked: Mutex::default(),
+            token: token.map(str::to_owned),
+            unbounded: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
         let shared = Arc::clone(&inner);
@@ -86,6 +98,10 @@ impl Server {
         Self { address, inner }
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
@@ -99,6 +115,11 @@ impl Server {
     /// How many requests have met the mood.
     pub fn met(&self) -> usize {
         self.inner.met.load(Ordering::SeqCst)
+    }
+
+    /// Whether no client took a gigabyte as an answer.
+    pub fn met_bounds(&self) -> bool {
+        !self.inner.unbounded.load(Ordering::SeqCst)
     }
 
     /// Puts these pods in the place of all others.
@@ -139,14 +160,20 @@ impl Inner {
         let mut reader = BufReader::new(stream);
         let mut line = String::new();
         reader.read_line(&mut line)?;
-        let mut length = 0;
+        let (mut length, mut shown) = (0, None);
         loop {
             let mut header = String::new();
             if reader.read_line(&mut header)? == 0 || header == "\r\n" {
                 break;
             }
-            if let Some(value) = header.to_ascii_lowercase().strip_prefix("content-length:") {
-                length = value.trim().parse().unwrap_or(0);
+            match header.split_once(':') {
+                Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                    length = value.trim().parse().unwrap_or(0);
+                }
+                Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
+                    shown = value.trim().strip_prefix("Bearer ").map(str::to_owned);
+                }
+                _ => {}
             }
         }
         let mut body = vec![0; length];
@@ -157,6 +184,9 @@ impl Inner {
             if asked.len() < 10_000 {
                 asked.push(format!("{} {target}", line.split(' ').next().unwrap_or_default()));
             }
+        }
+        if self.token.is_some() && self.token != shown {
+            return reply(stream, "401 Unauthorized", &refusal(401, "Unauthorized", "Unauthorized"));
         }
         let mood = self.mood();
         let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n";
@@ -184,8 +214,7 @@ impl Inner {
                     let piece = vec![b'x'; 1 << 20];
                     (0..1024).try_for_each(|_| stream.write_all(&piece))
                 });
-                // A client that takes a gigabyte is not bounded.
-                assert!(sent.is_err(), "everything was taken");
+                self.unbounded.fetch_or(sent.is_ok(), Ordering::SeqCst);
                 Ok(())
             }
             Mood::Gone if target.contains("watch=true") => {
