@@ -8,6 +8,7 @@ mod agent;
 pub mod cgroup;
 mod compile;
 pub mod deploy;
+pub mod endpoints;
 mod fixture;
 mod gdb;
 pub mod host;

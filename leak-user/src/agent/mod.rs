@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use self::config::Settings;
 use self::kube::Kubernetes;
@@ -60,13 +60,20 @@ pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
     })?;
     log::info!("listening on {}", listener.local_addr().context("failed to read the address that is listened on")?);
     let server = tokio::spawn(http::serve(listener, Arc::clone(&published), stop.clone()));
-    let pushes = tokio::spawn(push::run(Arc::clone(&published)));
+    let (end_pushes, pushes_end) = oneshot::channel();
+    let pushes = tokio::spawn(push::run(Arc::clone(&published), pushes_end));
     let state = State::open(&settings.state, &published);
     let kubernetes = Kubernetes::start(&settings.kubernetes);
     let publisher = Publisher { reports, published, state, kubernetes };
     let traced = trace::run_into(&settings.trace, publisher, Control { stop, changes: Some(changes) }).await;
     server.abort();
-    pushes.abort();
+    if traced.is_ok() {
+        // The final report is there by now. That pushes have ended already is no reason not to end.
+        let _ = end_pushes.send(());
+        let _ = pushes.await;
+    } else {
+        pushes.abort();
+    }
     traced.map(drop)
 }
 

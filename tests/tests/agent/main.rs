@@ -8,8 +8,10 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
+use leaktrace_tests::endpoints::{Endpoint, Manner};
 use leaktrace_tests::{Agent, Answer, Leaktrace, PATIENCE, Traced, has_frame, host, metric, stacks};
 
 /// Selects nobody, for tests of what is around tracing.
@@ -190,6 +192,42 @@ fn state_that_cannot_be_kept() -> Result<()> {
     ensure!(names.iter().any(|name| name.starts_with("baselines.corrupt-")), "{names:?}");
     ensure!(fs::read_to_string(state.join("baselines"))?.starts_with("leaktrace-state 1 "), "{names:?}");
     ensure!(names.len() == 3, "{names:?}");
+    Ok(())
+}
+
+/// At SIGTERM and SIGINT the last report is pushed and the state is kept, though the next push would have been an hour later; an endpoint that
+/// says nothing, or is not there, takes no more time than it may.
+#[test]
+fn the_end_leaves_nothing_behind() -> Result<()> {
+    if !host::can_trace("the_end_leaves_nothing_behind") {
+        return Ok(());
+    }
+    for (signal, manner, counts) in [
+        (libc::SIGTERM, Manner::Takes, (1, 0)),
+        (libc::SIGINT, Manner::Late, (1, 0)),
+        (libc::SIGTERM, Manner::Hangs, (0, 1)),
+        (libc::SIGTERM, Manner::Down, (0, 0)),
+    ] {
+        let folder = tempfile::tempdir()?;
+        let mut endpoint = Endpoint::start("/v1/metrics")?;
+        endpoint.behave(manner)?;
+        let url = format!("push.otlp.url={}", endpoint.url());
+        let sets = ["--set", NOBODY, "--set", &url, "--set", "push.otlp.interval=1h"];
+        let agent = Agent::start(folder.path(), ["--config", "/dev/null"].into_iter().chain(sets))?;
+        agent.wait_for("/readyz", |answer| answer.status == 200)?;
+        fs::remove_file(folder.path().join("baselines"))?;
+        ensure!(endpoint.counts()? == (0, 0), "pushed before the end");
+        let began = Instant::now();
+        agent.signal(signal)?;
+        let outcome = agent.wait()?;
+        // The flush takes two seconds at most, and a busy machine some more.
+        let took = began.elapsed();
+        ensure!(outcome.code()? == 0 && took < PATIENCE / 2, "{manner:?}, {took:?}: {}", outcome.stderr);
+        ensure!(endpoint.counts()? == counts, "{manner:?}: {:?}", endpoint.counts()?);
+        let said = outcome.stderr.contains("push.otlp: 1 payload of ") && outcome.stderr.contains("before the end");
+        ensure!(said == (counts.0 == 0), "{manner:?}: {}", outcome.stderr);
+        ensure!(fs::read_to_string(folder.path().join("baselines"))?.starts_with("leaktrace-state 1 "));
+    }
     Ok(())
 }
 

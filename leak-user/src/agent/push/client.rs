@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT};
 use axum::http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Bytes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822;
 use prost::Message as _;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
@@ -117,9 +119,7 @@ impl Client {
         let text = safe_bytes(&body[..body.len().min(SAID)]);
         let why = format!("{}: status {status}: {text}", self.url);
         if self.is_passing(status) {
-            // The other form, a date, is one that clocks have to agree on.
-            let rest = headers.get(RETRY_AFTER).and_then(|rest| rest.to_str().ok()?.trim().parse().ok());
-            return Outcome::Failed { why, rest: rest.map(Duration::from_secs) };
+            return Outcome::Failed { why, rest: rest(headers, Timestamp::now()) };
         }
         Outcome::Refused(why)
     }
@@ -146,6 +146,21 @@ impl Client {
     }
 }
 
+/// How long the other side wants to be left alone: seconds, or the time until a date (RFC 9110, section 10.2.3) by its own clock, which need
+/// not be right.
+fn rest(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    let date = |text: &str| rfc2822::parse(text).ok().map(|date| date.timestamp());
+    let after = text(RETRY_AFTER)?;
+    if let Ok(seconds) = after.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let then = date(after)?;
+    let now = text(DATE).and_then(date).unwrap_or(now);
+    // One that is over already asks for nothing.
+    Some(Duration::try_from(then.duration_since(now)).unwrap_or_default())
+}
+
 /// Who is trusted: the file's certificates if one is named, else the host's.
 fn roots(endpoint: &Endpoint) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
@@ -161,4 +176,35 @@ fn roots(endpoint: &Endpoint) -> Result<RootCertStore> {
         );
     }
     Ok(roots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both forms of `Retry-After`; a date is one of the other side's clock where that is told, and nonsense asks for nothing.
+    #[test]
+    fn how_long_to_wait() {
+        let now: Timestamp = "2026-03-01T12:00:00Z".parse().unwrap();
+        for (after, date, expected) in [
+            ("120", None, Some(120)),
+            (" 7 ", Some("Sun, 01 Mar 2026 10:00:00 GMT"), Some(7)),
+            ("Sun, 01 Mar 2026 12:01:30 GMT", None, Some(90)),
+            ("Sun, 01 Mar 2026 10:00:05 GMT", Some("Sun, 01 Mar 2026 10:00:00 GMT"), Some(5)),
+            ("Sun, 01 Mar 2026 12:00:05 GMT", Some("yesterday"), Some(5)),
+            ("Sun, 01 Mar 2026 11:00:00 GMT", None, Some(0)),
+            ("Fri, 01 Mar 2126 12:00:00 GMT", None, Some(3_155_673_600)),
+            ("Fri, 31 Dec 9999 23:59:59 GMT", None, None),
+            ("Sun, 30 Feb 2026 12:00:00 GMT", None, None),
+            ("-1", None, None),
+            ("soon", None, None),
+            ("99999999999999999999", None, None),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(RETRY_AFTER, after.parse().unwrap());
+            headers.extend(date.map(|date: &str| (DATE, date.parse().unwrap())));
+            assert_eq!(rest(&headers, now), expected.map(Duration::from_secs), "{after} {date:?}");
+        }
+        assert_eq!(rest(&HeaderMap::new(), now), None);
+    }
 }

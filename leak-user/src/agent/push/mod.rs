@@ -3,7 +3,7 @@
 //! Each is optional and goes by itself: one task makes a payload of the latest report every `interval` and puts it into a bounded queue,
 //! another sends what is in it. Where the other side is down or slow the queue is full after a while, and the oldest payload goes for
 //! the newest; that is counted, and told by `/readyz` and the metrics. Tracing never waits for any of this: it only replaces the
-//! report that is read here.
+//! report that is read here. At the agent's end the last report is pushed too, and what waits is sent once more, within [`FLUSH`].
 //!
 //! - [`config`]: the sections `[push.pyroscope]`, `[push.parca]` and `[push.otlp]`;
 //! - [`profiles`]: what Pyroscope and Parca get, and [`metrics`]: what a collector gets;
@@ -21,8 +21,9 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval_at, sleep};
+use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout};
 
 use self::client::{Client, Outcome};
 use self::config::{Endpoint, Settings};
@@ -34,6 +35,8 @@ use crate::report::Report;
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(5));
 /// What the other side may ask for by `Retry-After`.
 const LONGEST_REST: Duration = Duration::from_mins(10);
+/// For what waits at the end, all endpoints side by side. Well within the time that Kubernetes and systemd give a program to end.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// Where payloads go, and in which form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,57 +90,104 @@ impl Kind {
     }
 }
 
-/// Pushes as the settings say, also after they have changed, until it is dropped.
-pub async fn run(published: Arc<Published>) {
+/// Pushes as the settings say, also after they have changed, until the `end`; then what waits gets one more attempt.
+pub async fn run(published: Arc<Published>, mut end: oneshot::Receiver<()>) {
     let mut settings = published.settings.clone();
-    let mut tasks: [Option<JoinSet<()>>; 3] = [None, None, None];
+    let mut pushing: [Option<Pushing>; 3] = [None, None, None];
     let mut now = Settings::default();
     loop {
         let new = settings.borrow_and_update().push.clone();
-        for (kind, tasks) in Kind::ALL.into_iter().zip(&mut tasks) {
-            if now.of(kind) == new.of(kind) && tasks.is_some() {
+        for (kind, pushing) in Kind::ALL.into_iter().zip(&mut pushing) {
+            if now.of(kind) == new.of(kind) && pushing.is_some() {
                 continue;
             }
             // What waited goes too: it was made for an endpoint that nobody wants any more.
-            *tasks = new.of(kind).map(|endpoint| start(kind, endpoint.clone(), &published, BACKOFF));
+            *pushing = new.of(kind).map(|endpoint| start(kind, endpoint.clone(), &published, BACKOFF));
         }
         now = new;
-        if settings.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = settings.changed() => if changed.is_err() { break },
+            _ = &mut end => break,
+        }
+    }
+    let finishing: Vec<_> = pushing.into_iter().flatten().map(|one| tokio::spawn(one.finish(FLUSH))).collect();
+    for one in finishing {
+        // It would have panicked, which is in the log.
+        let _ = one.await;
+    }
+}
+
+/// The two tasks of one endpoint; ended when dropped.
+struct Pushing {
+    kind: Kind,
+    tasks: JoinSet<()>,
+    queue: Arc<Queue>,
+    end: watch::Sender<bool>,
+}
+
+impl Pushing {
+    /// Sends what waits as far as that goes at once and in this time.
+    async fn finish(mut self, limit: Duration) {
+        self.end.send_replace(true);
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        // Where the time is over the tasks are ended, too.
+        let _ = timeout(limit, all).await;
+        let left = self.queue.held();
+        if left.payloads > 0 {
+            log::warn!("{}: {left} could not be sent before the end", self.kind.part());
         }
     }
 }
 
 /// Starts the two tasks of one endpoint.
-fn start(kind: Kind, endpoint: Endpoint, published: &Arc<Published>, backoff: (Duration, Duration)) -> JoinSet<()> {
+fn start(kind: Kind, endpoint: Endpoint, published: &Arc<Published>, backoff: (Duration, Duration)) -> Pushing {
     let queue = Arc::new(Queue::new(endpoint.most_queued, endpoint.most_bytes));
     for what in ["sent", "failed", "refused", "dropped"] {
         published.status.add(kind.part(), what, 0);
     }
+    let (end, ending) = watch::channel(false);
     let mut tasks = JoinSet::new();
-    tasks.spawn(make(kind, endpoint.clone(), Arc::clone(published), Arc::clone(&queue)));
-    tasks.spawn(send(kind, endpoint, Arc::clone(published), queue, backoff));
-    tasks
+    tasks.spawn(make(kind, endpoint.clone(), Arc::clone(published), Arc::clone(&queue), ending.clone()));
+    tasks.spawn(send(kind, endpoint, Arc::clone(published), Arc::clone(&queue), ending, backoff));
+    Pushing { kind, tasks, queue, end }
+}
+
+/// Waits until the end has come.
+async fn ended(ending: &mut watch::Receiver<bool>) {
+    // An end without a word is one as well.
+    let _ = ending.wait_for(|end| *end).await;
 }
 
 /// Makes a payload of the latest report every interval. Nodes that were started together do not push together.
-async fn make(kind: Kind, endpoint: Endpoint, published: Arc<Published>, queue: Arc<Queue>) {
+async fn make(
+    kind: Kind,
+    endpoint: Endpoint,
+    published: Arc<Published>,
+    queue: Arc<Queue>,
+    mut ending: watch::Receiver<bool>,
+) {
     let first = tokio::time::Instant::now() + endpoint.interval.mul_f64(fastrand::f64());
     let mut ticks = interval_at(first, endpoint.interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last: Option<Arc<Report>> = None;
     loop {
-        ticks.tick().await;
+        let at_end = tokio::select! {
+            _ = ticks.tick() => false,
+            () = ended(&mut ending) => true,
+        };
         let report = Arc::clone(&published.report.borrow());
-        if last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &report)) {
-            continue;
+        if last.as_ref().is_none_or(|last| !Arc::ptr_eq(last, &report)) {
+            last = Some(Arc::clone(&report));
+            let (of, to) = (Arc::clone(&published), endpoint.clone());
+            // Names and compression take milliseconds, which other tasks should not wait for.
+            let made = tokio::task::spawn_blocking(move || kind.payload(&of, &report, &to)).await;
+            if let Ok(Some(payload)) = made {
+                published.status.add(kind.part(), "dropped", queue.put(payload));
+                note(kind, &published, &queue);
+            }
         }
-        last = Some(Arc::clone(&report));
-        let (of, to) = (Arc::clone(&published), endpoint.clone());
-        // Names and compression take milliseconds, which other tasks should not wait for.
-        let made = tokio::task::spawn_blocking(move || kind.payload(&of, &report, &to)).await;
-        if let Ok(Some(payload)) = made {
-            published.status.add(kind.part(), "dropped", queue.put(payload));
+        if at_end {
+            return queue.close();
         }
     }
 }
@@ -147,12 +197,18 @@ fn nanoseconds(report: &Report, after_start_s: f64) -> u64 {
     u64::try_from(report.started_at.as_nanosecond()).unwrap_or(0) + (after_start_s * 1e9) as u64
 }
 
+/// Says how much waits.
+fn note(kind: Kind, published: &Published, queue: &Queue) {
+    published.status.note(kind.part(), format!("{} waiting", queue.held()));
+}
+
 /// Sends what waits, the oldest first.
 async fn send(
     kind: Kind,
     endpoint: Endpoint,
     published: Arc<Published>,
     queue: Arc<Queue>,
+    mut ending: watch::Receiver<bool>,
     (shortest, longest): (Duration, Duration),
 ) {
     let status = &published.status;
@@ -161,8 +217,8 @@ async fn send(
         Err(error) => return status.degraded(kind.part(), format!("{error:#}")),
     };
     let mut failures: u32 = 0;
-    loop {
-        let payload = queue.first().await;
+    while let Some(payload) = queue.first().await {
+        let is_last = *ending.borrow();
         match client.send(&payload).await {
             Outcome::Sent { rejected } => {
                 failures = 0;
@@ -186,8 +242,17 @@ async fn send(
                 failures += 1;
                 // Half of it at least, the rest by chance: those that failed together do not come back together.
                 let by_chance = grown.mul_f64(0.5 + fastrand::f64() / 2.0);
-                sleep(rest.map_or(by_chance, |rest| rest.min(LONGEST_REST).max(by_chance))).await;
+                let rest = rest.map_or(by_chance, |rest| rest.min(LONGEST_REST).max(by_chance));
+                if is_last {
+                    return;
+                }
+                tokio::select! {
+                    () = sleep(rest) => {}
+                    // There will be no later.
+                    () = ended(&mut ending) => {}
+                }
             }
         }
+        note(kind, &published, &queue);
     }
 }

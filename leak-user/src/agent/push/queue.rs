@@ -1,10 +1,15 @@
 //! What waits to be sent: bounded in number and in bytes, and where it is full the oldest goes.
 
 use std::collections::VecDeque;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
+
+use crate::view::bytes;
+use crate::view::units::plural;
 
 /// The body of a request; a clone shares it.
 #[derive(Clone, Debug)]
@@ -25,8 +30,23 @@ impl Payload {
     }
 }
 
+/// How much waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub payloads: usize,
+    pub bytes: usize,
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", plural(self.payloads as u64, "payload"), bytes(self.bytes as u64))
+    }
+}
+
 pub struct Queue {
     waiting: Mutex<VecDeque<Payload>>,
+    /// Nothing comes any more.
+    closed: AtomicBool,
     came: Notify,
     most: usize,
     most_bytes: usize,
@@ -34,7 +54,7 @@ pub struct Queue {
 
 impl Queue {
     pub fn new(most: usize, most_bytes: usize) -> Self {
-        Self { waiting: Mutex::default(), came: Notify::new(), most, most_bytes }
+        Self { waiting: Mutex::default(), closed: AtomicBool::new(false), came: Notify::new(), most, most_bytes }
     }
 
     fn waiting(&self) -> MutexGuard<'_, VecDeque<Payload>> {
@@ -58,14 +78,30 @@ impl Queue {
         dropped
     }
 
-    /// The oldest, once there is one. It stays in the queue.
-    pub async fn first(&self) -> Payload {
+    /// The oldest, once there is one. It stays in the queue. `None` where there is none and none will come.
+    pub async fn first(&self) -> Option<Payload> {
         loop {
+            // Looked at before what waits is, or the last one could come in between.
+            let closed = self.closed.load(Ordering::Acquire);
             if let Some(payload) = self.waiting().front().cloned() {
-                return payload;
+                return Some(payload);
+            }
+            if closed {
+                return None;
             }
             self.came.notified().await;
         }
+    }
+
+    /// Nothing is put in after this.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.came.notify_one();
+    }
+
+    pub fn held(&self) -> Held {
+        let waiting = self.waiting();
+        Held { payloads: waiting.len(), bytes: waiting.iter().map(|one| one.0.len()).sum() }
     }
 
     /// Takes a payload out, if it has not gone for a newer one meanwhile.
@@ -97,13 +133,19 @@ mod tests {
         assert_eq!(queue.lengths(), [2, 3, 4]);
         assert_eq!(queue.put(of(95)), 2);
         assert_eq!(queue.lengths(), [4, 95]);
-        let first = queue.first().await;
+        let first = queue.first().await.unwrap();
         queue.put(of(100));
         // It went meanwhile, and nothing else goes in its place.
         queue.remove(&first);
         assert_eq!(queue.lengths(), [100]);
-        let last = queue.first().await;
+        let last = queue.first().await.unwrap();
         queue.remove(&last);
         assert_eq!(queue.lengths(), [0_usize; 0]);
+        queue.put(of(7));
+        queue.close();
+        assert_eq!(queue.held().to_string(), "1 payload of 7.00 B");
+        let last = queue.first().await.unwrap();
+        queue.remove(&last);
+        assert!(queue.first().await.is_none());
     }
 }

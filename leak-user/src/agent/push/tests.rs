@@ -99,7 +99,7 @@ impl Server {
     /// Waits until so many requests have come, and gives them.
     async fn came(&mut self, least: usize) -> Vec<Came> {
         let came = self.count.wait_for(|count| *count >= least);
-        tokio::time::timeout(Duration::from_secs(30), came).await.expect("nothing comes").unwrap();
+        timeout(Duration::from_secs(30), came).await.expect("nothing comes").unwrap();
         self.script.lock().unwrap().came.clone()
     }
 }
@@ -416,7 +416,8 @@ async fn nothing_grows_while_nobody_is_there() {
 async fn settings_change() {
     let (mut first, mut second) = (Server::start(vec![]).await, Server::start(vec![]).await);
     let agent = Agent::new();
-    let task = tokio::spawn(run(Arc::clone(&agent.published)));
+    let (_end, ending) = oneshot::channel();
+    let task = tokio::spawn(run(Arc::clone(&agent.published), ending));
     let change = |server: &Server| {
         let flags = AgentFlags {
             set: vec![format!("push.otlp.endpoint={}", server.url()), "push.otlp.interval=1s".to_owned()],
@@ -430,6 +431,48 @@ async fn settings_change() {
     second.came(1).await;
     agent.settings.send_replace(Arc::new(All::load(&AgentFlags::default()).unwrap()));
     task.abort();
+}
+
+/// At the end the last report is pushed as well, and one attempt is made at all that waits, however long the next one was to be waited for;
+/// it ends when all is sent.
+#[tokio::test]
+async fn flushed_at_the_end() {
+    let mut server = Server::start(vec![Does::AsksToWait(503, "600")]).await;
+    let agent = Agent::new();
+    let to = Endpoint { interval: Duration::from_millis(20), ..quick(&server.url()) };
+    let pushing = start(Kind::Otlp, to, &agent.published, SOON);
+    until(|| agent.count(Kind::Otlp, "failed") == 1).await;
+    agent.next_report();
+    until(|| pushing.queue.held().payloads == 2).await;
+    agent.next_report();
+    let began = Instant::now();
+    pushing.finish(Duration::from_mins(1)).await;
+    assert!(began.elapsed() < Duration::from_secs(30), "it was waited for");
+    let came = server.came(4).await;
+    // The first of them twice.
+    assert!(came.len() == 4 && came[0].body == came[1].body && came[1].body != came[3].body);
+    assert_eq!((agent.count(Kind::Otlp, "sent"), agent.count(Kind::Otlp, "dropped")), (3, 0));
+}
+
+/// An end is never waited for longer than it may take: by a server that says nothing until the time is over, by one that refuses not at all.
+#[tokio::test]
+async fn the_end_does_not_wait() {
+    let server = Server::start(vec![Does::Hangs; 9]).await;
+    let agent = Agent::new();
+    let pushing = start(Kind::Parca, quick(&server.url()), &agent.published, SOON);
+    until(|| pushing.queue.held().payloads == 1).await;
+    let began = Instant::now();
+    pushing.finish(Duration::from_millis(300)).await;
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(300) && took < Duration::from_secs(10), "{took:?}");
+
+    let refusing = Server::start(vec![Does::Leaves; 99]).await;
+    let long = (Duration::from_mins(10), Duration::from_mins(10));
+    let pushing = start(Kind::Parca, quick(&refusing.url()), &agent.published, long);
+    until(|| agent.count(Kind::Parca, "failed") >= 1).await;
+    let began = Instant::now();
+    pushing.finish(Duration::from_mins(1)).await;
+    assert!(began.elapsed() < Duration::from_secs(30));
 }
 
 /// Over TLS the other side is trusted by the file of authorities, and not without it.
@@ -474,7 +517,7 @@ async fn tls() {
     let agent = Agent::new();
     let trusting = Endpoint { ca_file: Some(certificate), ..quick(&url) };
     let tasks = start(Kind::Parca, trusting, &agent.published, SOON);
-    tokio::time::timeout(Duration::from_secs(30), came.wait_for(|count| *count == 1)).await.unwrap().unwrap();
+    timeout(Duration::from_secs(30), came.wait_for(|count| *count == 1)).await.unwrap().unwrap();
     until(|| agent.count(Kind::Parca, "sent") == 1).await;
     drop(tasks);
     // Another authority of the same name.

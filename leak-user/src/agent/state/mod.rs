@@ -77,6 +77,8 @@ pub struct State {
     store: Option<Arc<Store>>,
     /// Whether a write is under way.
     writing: Arc<AtomicBool>,
+    /// How often it was written.
+    writes: u64,
     saved: Instant,
 }
 
@@ -100,9 +102,9 @@ impl State {
                 }
             }
             // At once, so that a folder that cannot be written is known from the start.
-            write(store, &baselines.written(), published);
+            write(store, &baselines.written(), 0, published);
         }
-        Self { baselines, store, writing: Arc::default(), saved: Instant::now() }
+        Self { baselines, store, writing: Arc::default(), writes: 0, saved: Instant::now() }
     }
 
     /// Learns from what is there, and adds to the report what is known from before.
@@ -118,10 +120,12 @@ impl State {
         }
         self.saved = Instant::now();
         let Some(store) = self.store.clone() else { return };
+        self.writes += 1;
+        let number = self.writes;
         let (bytes, published, writing) = (self.baselines.written(), Arc::clone(published), Arc::clone(&self.writing));
         // A disk can take seconds.
         tokio::task::spawn_blocking(move || {
-            write(&store, &bytes, &published);
+            write(&store, &bytes, number, &published);
             writing.store(false, Ordering::Release);
         });
     }
@@ -129,13 +133,14 @@ impl State {
     /// Keeps what is known at the end.
     pub fn finish(&mut self, published: &Published) {
         if let Some(store) = &self.store {
-            write(store, &self.baselines.written(), published);
+            // The one before may still be under way.
+            write(store, &self.baselines.written(), self.writes + 1, published);
         }
     }
 }
 
-fn write(store: &Store, bytes: &[u8], published: &Published) {
-    match store.write(bytes) {
+fn write(store: &Store, bytes: &[u8], number: u64, published: &Published) {
+    match store.write(bytes, number) {
         Ok(()) => published.status.works(PART),
         Err(error) => {
             published.status.count(PART, "write_failed");

@@ -22,8 +22,15 @@ const SET_ASIDE: usize = 3;
 /// A folder with the file in it.
 pub struct Store {
     folder: PathBuf,
+    writer: Mutex<Writer>,
+}
+
+#[derive(Default)]
+struct Writer {
     /// Held from the first write on, so that two agents do not overwrite each other's.
-    lock: Mutex<Option<File>>,
+    lock: Option<File>,
+    /// Of the latest contents.
+    number: u64,
 }
 
 /// A file that could not be used.
@@ -49,7 +56,7 @@ impl fmt::Display for Damaged {
 
 impl Store {
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), lock: Mutex::default() }
+        Self { folder: folder.to_owned(), writer: Mutex::default() }
     }
 
     pub fn folder(&self) -> &Path {
@@ -95,20 +102,25 @@ impl Store {
         Ok(to)
     }
 
-    /// Replaces the file. On failure it stays as it was, and nothing else is left behind.
-    pub fn write(&self, json: &[u8]) -> io::Result<()> {
+    /// Replaces the file, unless contents of a higher number were written meanwhile. On failure it stays as it was, and nothing else is left
+    /// behind.
+    pub fn write(&self, json: &[u8], number: u64) -> io::Result<()> {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if number < writer.number {
+            return Ok(());
+        }
         fs::create_dir_all(&self.folder)?;
-        self.hold()?;
+        self.hold(&mut writer.lock)?;
         let mut file = tempfile::Builder::new().prefix(".baselines-").tempfile_in(&self.folder)?;
         writeln!(file, "{MAGIC} {VERSION} {:08x} {}", crc32fast::hash(json), json.len())?;
         file.write_all(json)?;
         file.as_file().sync_all()?;
         file.persist(self.path()).map_err(|failed| failed.error)?;
+        writer.number = number;
         File::open(&self.folder)?.sync_all()
     }
 
-    fn hold(&self) -> io::Result<()> {
-        let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+    fn hold(&self, held: &mut Option<File>) -> io::Result<()> {
         if held.is_none() {
             let file = File::options().create(true).truncate(false).write(true).open(self.folder.join("lock"))?;
             file.try_lock().map_err(|error| match error {
@@ -155,8 +167,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(&folder.path().join("made/on/the/way"));
         assert!(store.read::<Vec<u32>>(1 << 20).unwrap().is_none());
-        for numbers in ["[1,2]", "[3]"] {
-            store.write(numbers.as_bytes()).unwrap();
+        // The last began before the one in front of it.
+        for (numbers, number) in [("[1,2]", 0), ("[3]", 2), ("[4]", 1)] {
+            store.write(numbers.as_bytes(), number).unwrap();
         }
         assert_eq!(store.read::<Vec<u32>>(1 << 20).unwrap(), Some(vec![3]));
         assert_eq!(names(store.folder()), ["baselines", "lock"]);
@@ -167,7 +180,7 @@ mod tests {
     fn damaged_files() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path());
-        store.write(b"[1,2,3]").unwrap();
+        store.write(b"[1,2,3]", 0).unwrap();
         let whole = fs::read(store.path()).unwrap();
         let mut cases: Vec<Vec<u8>> = (0..whole.len()).map(|length| whole[..length].to_vec()).collect();
         for place in 0..whole.len() {
@@ -186,9 +199,9 @@ mod tests {
             assert!(names(folder.path()).len() <= 1 + SET_ASIDE, "{:?}", names(folder.path()));
         }
         // JSON of another kind, with the right checksum.
-        store.write(b"{\"a\":1}").unwrap();
+        store.write(b"{\"a\":1}", 0).unwrap();
         assert!(store.read::<Vec<u32>>(1 << 20).is_err_and(|damaged| damaged.to_string().contains("understood")));
-        store.write(b"[7]").unwrap();
+        store.write(b"[7]", 0).unwrap();
         assert_eq!(store.read::<Vec<u32>>(1 << 20).unwrap(), Some(vec![7]));
     }
 
@@ -197,10 +210,10 @@ mod tests {
     fn whose_folder() {
         let folder = tempfile::tempdir().unwrap();
         let (one, other) = (Store::new(folder.path()), Store::new(folder.path()));
-        one.write(b"[]").unwrap();
-        assert!(other.write(b"[]").is_err_and(|error| error.to_string().contains("another agent")));
+        one.write(b"[]", 0).unwrap();
+        assert!(other.write(b"[]", 0).is_err_and(|error| error.to_string().contains("another agent")));
         drop(one);
-        other.write(b"[]").unwrap();
-        assert!(Store::new(&other.path()).write(b"[]").is_err());
+        other.write(b"[]", 0).unwrap();
+        assert!(Store::new(&other.path()).write(b"[]", 0).is_err());
     }
 }
