@@ -23,7 +23,7 @@ pub struct Options {
     /// The faults as short as in the tests
     #[arg(long)]
     quick: bool,
-    /// The agent instead, for as many minutes: processes, requests and reloads by the thousand
+    /// The agent instead, for as many minutes: processes, requests and reloads by the thousand, servers that come and go
     #[arg(long)]
     agent: bool,
     /// Only what has this in its name
