@@ -20,9 +20,11 @@ pub mod push;
 pub mod state;
 pub mod status;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -64,7 +66,7 @@ pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
     let pushes = tokio::spawn(push::run(Arc::clone(&published), pushes_end));
     let state = State::open(&settings.state, &published);
     let kubernetes = Kubernetes::start(&settings.kubernetes);
-    let publisher = Publisher { reports, published, state, kubernetes };
+    let publisher = Publisher { reports, published, state, kubernetes, kills: Kills::default() };
     let traced = trace::run_into(&settings.trace, publisher, Control { stop, changes: Some(changes) }).await;
     server.abort();
     if traced.is_ok() {
@@ -83,6 +85,27 @@ struct Publisher {
     published: Arc<Published>,
     state: State,
     kubernetes: Kubernetes,
+    kills: Kills,
+}
+
+/// Counts whom the OOM killer took, since they have no series any more.
+#[derive(Default)]
+struct Kills {
+    /// Those of the last report, which has the latest.
+    counted: HashSet<(u32, Timestamp)>,
+}
+
+impl Kills {
+    fn count(&mut self, report: &Report, status: &Status) {
+        const PART: &str = "oom";
+        let kills = || report.oom_kills.iter().map(|kill| ((kill.pid, kill.at), kill.process.is_some()));
+        // Both are there before it happens.
+        for (traced, event) in [(true, "traced_killed"), (false, "watched_killed")] {
+            let new = kills().filter(|(id, of_traced)| *of_traced == traced && !self.counted.contains(id)).count();
+            status.add(PART, event, new as u64);
+        }
+        self.counted = kills().map(|(id, _)| id).collect();
+    }
 }
 
 impl Sink for Publisher {
@@ -111,6 +134,7 @@ impl Sink for Publisher {
     fn interval(&mut self, mut report: Report) -> Result<Outcome> {
         self.kubernetes.enrich(&mut report);
         self.kubernetes.tell(&self.published.status);
+        self.kills.count(&report, &self.published.status);
         let interval = self.published.settings.borrow().trace.interval;
         self.published.status.reported(interval);
         self.reports.send_replace(Arc::new(report));
@@ -190,4 +214,39 @@ fn watch_signals(reload: Reload) -> Result<watch::Receiver<bool>> {
         }
     });
     Ok(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::sample;
+
+    /// Each kill is counted once, in whatever reports it stands, and by whether more than its size was known.
+    #[test]
+    fn kills() {
+        let (mut kills, status) = (Kills::default(), Status::default());
+        let counts = |kills: &mut Kills, report: &Report| {
+            kills.count(report, &status);
+            status
+                .figures()
+                .counts
+                .iter()
+                .map(|(part, event, count)| format!("{part} {event} {count}"))
+                .collect::<Vec<_>>()
+        };
+        let mut report = sample::system();
+        let kill = report.oom_kills[0].clone();
+        report.oom_kills.clear();
+        assert_eq!(counts(&mut kills, &report), ["oom traced_killed 0", "oom watched_killed 0"]);
+        report.oom_kills.push(kill.clone());
+        for _ in 0..2 {
+            assert_eq!(counts(&mut kills, &report), ["oom traced_killed 1", "oom watched_killed 0"]);
+        }
+        report.oom_kills.push(crate::report::OomKill { pid: kill.pid + 1, process: None, ..kill.clone() });
+        assert_eq!(counts(&mut kills, &report), ["oom traced_killed 1", "oom watched_killed 1"]);
+        // The first makes room, and the same pid is killed again.
+        report.oom_kills.remove(0);
+        report.oom_kills.push(crate::report::OomKill { at: kill.at + jiff::SignedDuration::from_secs(9), ..kill });
+        assert_eq!(counts(&mut kills, &report), ["oom traced_killed 2", "oom watched_killed 1"]);
+    }
 }

@@ -27,6 +27,17 @@ const ALL: [&str; 10] = [
     "imagePullSecrets[0].name=registry",
 ];
 
+/// What `kustomize/push` stands for.
+const PUSH: [&str; 7] = [
+    "push.otlp.url=https://collector.example:4318",
+    "push.otlp.caSecret=collector-ca",
+    "push.otlp.labels.cluster=west",
+    "push.pyroscope.url=https://pyroscope.example",
+    "push.pyroscope.interval=15s",
+    "push.pyroscope.tokenSecret=pyroscope-token",
+    "push.pyroscope.headers.X-Scope-OrgID=team-a",
+];
+
 /// The object of a kind, of which there is one.
 fn one<'a>(objects: &'a [Value], kind: &str) -> Result<&'a Value> {
     let mut found = objects.iter().filter(|object| object["kind"] == kind);
@@ -60,10 +71,10 @@ fn generated_files_are_fresh() -> Result<()> {
 fn kustomize_and_the_chart_make_the_same() -> Result<()> {
     let Some(tools) = Tools::for_test("kustomize_and_the_chart_make_the_same") else { return Ok(()) };
     let privileged = ["security.mode=privileged"];
-    for (folder, values, more) in [("base", &[][..], 0), ("privileged", &privileged, 0), ("nonroot", &NON_ROOT, 0)] {
+    for (folder, values) in [("base", &[][..]), ("privileged", &privileged), ("nonroot", &NON_ROOT), ("push", &PUSH)] {
         let by_kustomize = in_order(tools.documents(&tools.kustomize(folder)?)?);
         let by_helm = in_order(tools.documents(&tools.chart(values)?)?);
-        ensure!(by_kustomize.len() == by_helm.len() + more, "{folder}: {} objects", by_kustomize.len());
+        ensure!(by_kustomize.len() == by_helm.len(), "{folder}: {} objects", by_kustomize.len());
         for (by_kustomize, by_helm) in by_kustomize.iter().zip(&by_helm) {
             assert_eq!(by_kustomize, by_helm, "{folder}");
         }
@@ -86,7 +97,7 @@ fn kustomize_and_the_chart_make_the_same() -> Result<()> {
 fn objects_keep_to_their_schemas() -> Result<()> {
     let Some(tools) = Tools::for_test("objects_keep_to_their_schemas") else { return Ok(()) };
     let mut all = vec![tools.kustomize("example")?];
-    for values in [&MONITORING[..], &NON_ROOT, &["security.mode=privileged", "kubernetes.labels=false"], &ALL] {
+    for values in [&MONITORING[..], &NON_ROOT, &["security.mode=privileged", "kubernetes.labels=false"], &ALL, &PUSH] {
         all.push(tools.chart(values)?);
     }
     let all = all.join("\n---\n");
@@ -169,7 +180,16 @@ fn least_rights_on_the_node() -> Result<()> {
 fn the_agent_takes_its_settings() -> Result<()> {
     const NAME: &str = "the_agent_takes_its_settings";
     let Some(tools) = Tools::for_test(NAME) else { return Ok(()) };
-    for values in [&[][..], &ALL, &["kubernetes.labels=false"]] {
+    // Names and values that are no plain words in TOML, in YAML or on the way there.
+    let odd = [
+        "push.parca.url=http://parca:7070",
+        "push.parca.tokenSecret=parca",
+        "push.parca.headers.X-Note=it's \"{{ quoted }}\" = #7",
+        "push.parca.labels.stage=a\\,b",
+        "push.otlp.url=https://collector",
+        "push.otlp.caSecret=collector",
+    ];
+    for values in [&[][..], &ALL, &["kubernetes.labels=false"], &PUSH, &odd] {
         let objects = tools.documents(&tools.chart(values)?)?;
         let folder = tempfile::tempdir()?;
         let settings = one(&objects, "ConfigMap").ok().or_else(|| {
@@ -186,11 +206,16 @@ fn the_agent_takes_its_settings() -> Result<()> {
             .flat_map(|source| source["secret"]["items"].as_array().into_iter().flatten())
             .filter_map(|item| item["path"].as_str())
             .collect();
-        for name in &projected {
-            fs::write(folder.path().join(name), "0123456789abcdef0123456789abcdef")?;
-        }
-        if projected.contains(&"tls.crt") && !certificate(NAME, folder.path())? {
+        if !certificate(NAME, folder.path())? {
             return Ok(());
+        }
+        for name in projected.iter().filter(|name| !name.starts_with("tls.")) {
+            let file = folder.path().join(name);
+            if name.ends_with("ca.crt") {
+                fs::copy(folder.path().join("tls.crt"), file)?;
+            } else {
+                fs::write(file, "0123456789abcdef0123456789abcdef")?;
+            }
         }
         let container = agent(&objects)?;
         let here = |text: &str| text.replace("/etc/leaktrace", &folder.path().to_string_lossy());
@@ -202,13 +227,48 @@ fn the_agent_takes_its_settings() -> Result<()> {
             let name = variable["name"].as_str().context("a variable without a name")?;
             let value = variable["value"].as_str().unwrap_or("node-1");
             let value = here(value);
-            ensure!(!value.contains("tls.") || projected.iter().any(|name| value.ends_with(name)), "{name}={value}");
+            let is_file = value.starts_with(&*folder.path().to_string_lossy());
+            ensure!(!is_file || projected.iter().any(|name| value.ends_with(&format!("/{name}"))), "{name}={value}");
             command.command().env(name, value);
         }
         // Every container is told of the API server.
         command.command().env("KUBERNETES_SERVICE_HOST", "10.0.0.1").env("KUBERNETES_SERVICE_PORT", "443");
         let outcome = command.run(PATIENCE)?;
         ensure!(outcome.code()? == 0, "{values:?}: {}", outcome.stderr);
+    }
+    Ok(())
+}
+
+/// What is pushed is told by variables, with files of the Secrets where those are put; without a url nothing is, and settings that would
+/// then do nothing are refused, as is another system.
+#[test]
+fn pushes() -> Result<()> {
+    let Some(tools) = Tools::for_test("pushes") else { return Ok(()) };
+    let pushed = |values: &[&str]| -> Result<Vec<(String, String)>> {
+        let objects = tools.documents(&tools.chart(values)?)?;
+        let variables = agent(&objects)?["env"].as_array().context("no variables")?.clone();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let pairs = variables.iter().map(|one| (text(&one["name"]), text(&one["value"])));
+        Ok(pairs.filter(|(name, _)| name.contains("_PUSH_")).collect())
+    };
+    assert_eq!(pushed(&[])?, []);
+    let expected = [
+        ("LEAKTRACE_PUSH_OTLP_URL", "https://collector.example:4318"),
+        ("LEAKTRACE_PUSH_OTLP_INTERVAL", "1min"),
+        ("LEAKTRACE_PUSH_OTLP_CA_FILE", "/etc/leaktrace/otlp-ca.crt"),
+        ("LEAKTRACE_PUSH_OTLP_LABELS", r#"{ "cluster" = "west" }"#),
+        ("LEAKTRACE_PUSH_PYROSCOPE_URL", "https://pyroscope.example"),
+        ("LEAKTRACE_PUSH_PYROSCOPE_INTERVAL", "15s"),
+        ("LEAKTRACE_PUSH_PYROSCOPE_TOKEN_FILE", "/etc/leaktrace/pyroscope-token"),
+        ("LEAKTRACE_PUSH_PYROSCOPE_HEADERS", r#"{ "X-Scope-OrgID" = "team-a" }"#),
+    ];
+    assert_eq!(pushed(&PUSH)?, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    for (values, said) in [
+        (&["push.parca.tokenSecret=parca"][..], "push.parca.url is empty"),
+        (&["push.parka.url=http://parca"], "push.parka is none of pyroscope, parca, otlp"),
+    ] {
+        let refused = tools.chart_refuses(values)?;
+        ensure!(refused.contains(said), "{values:?}: {refused}");
     }
     Ok(())
 }

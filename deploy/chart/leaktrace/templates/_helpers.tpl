@@ -50,3 +50,62 @@ appArmorProfile:
   type: Unconfined
 {{- end }}
 {{- end }}
+
+{{- /* A map as TOML has it within a line. JSON's texts are TOML's, too. */ -}}
+{{- define "leaktrace.inlineTable" -}}
+{ {{ range $i, $key := keys . | sortAlpha }}{{ if $i }}, {{ end }}{{ toJson $key }} = {{ toJson (get $ $key | toString) }}{{ end }} }
+{{- end }}
+
+{{- /* The variables of all that is pushed. */ -}}
+{{- define "leaktrace.pushVariables" -}}
+{{- range $kind, $push := .Values.push }}
+{{- if not (has $kind (list "pyroscope" "parca" "otlp")) }}
+{{- fail (printf "push.%s is none of pyroscope, parca, otlp" $kind) }}
+{{- end }}
+{{- if $push.url }}
+{{- $variable := printf "LEAKTRACE_PUSH_%s" (upper $kind) }}
+- name: {{ $variable }}_URL
+  value: {{ $push.url | quote }}
+- name: {{ $variable }}_INTERVAL
+  value: {{ $push.interval | quote }}
+{{- if $push.tokenSecret }}
+- name: {{ $variable }}_TOKEN_FILE
+  value: /etc/leaktrace/{{ $kind }}-token
+{{- end }}
+{{- if $push.caSecret }}
+- name: {{ $variable }}_CA_FILE
+  value: /etc/leaktrace/{{ $kind }}-ca.crt
+{{- end }}
+{{- with $push.headers }}
+- name: {{ $variable }}_HEADERS
+  value: {{ include "leaktrace.inlineTable" . | quote }}
+{{- end }}
+{{- with $push.labels }}
+- name: {{ $variable }}_LABELS
+  value: {{ include "leaktrace.inlineTable" . | quote }}
+{{- end }}
+{{- else if or $push.tokenSecret $push.caSecret $push.headers $push.labels }}
+{{- fail (printf "push.%s.url is empty, and without it nothing is pushed" $kind) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The files that these name. */ -}}
+{{- define "leaktrace.pushSecrets" -}}
+{{- range $kind, $push := .Values.push }}
+{{- if $push.tokenSecret }}
+- secret:
+    name: {{ $push.tokenSecret }}
+    items:
+      - key: token
+        path: {{ $kind }}-token
+{{- end }}
+{{- if $push.caSecret }}
+- secret:
+    name: {{ $push.caSecret }}
+    items:
+      - key: ca.crt
+        path: {{ $kind }}-ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
