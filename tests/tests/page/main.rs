@@ -164,6 +164,74 @@ fn shows_what_leaks() -> Result<()> {
     Ok(())
 }
 
+/// On a full node the worst are at the top, the list is bounded, and a name, a pod or a pid finds the others; long names break nothing.
+#[test]
+fn many_processes() -> Result<()> {
+    let Some(mut browser) = browser("many_processes")? else { return Ok(()) };
+    let server = Server::start(0)?;
+    let mut report = bad_night();
+    let (model, mut system) = (report.processes[0].clone(), report.system.take().context("no system")?);
+    report.processes.clear();
+    for n in 0..30 {
+        let mut one = model.clone();
+        one.pid = 10_000 + n;
+        one.comm = format!("worker-{n}");
+        one.labels.pod = Some(format!("a-deployment-with-a-name-that-nobody-shortened-{n}-6c9f7d5b8-x2x4q"));
+        one.seconds_to_limit = Some(3600.0 * f64::from(n + 1));
+        report.processes.push(one);
+    }
+    let watched = system.processes[0].clone();
+    system.processes = (0..400)
+        .map(|n| {
+            let mut one = watched.clone();
+            (one.pid, one.comm) = (20_000 + n, format!("sidecar-{n}"));
+            one
+        })
+        .collect();
+    system.watched = 1000;
+    report.system = Some(system);
+    server.report(&report);
+    browser.look_by(1280, 900, false)?;
+    browser.open(&server.url())?;
+    browser.wait_for("document.querySelectorAll('.row-link').length === 200")?;
+    let text = browser.text()?;
+    for part in [
+        "30 processes leak",
+        "and 25 more, in the list of processes.",
+        "and 230 more: filter to see them.",
+        "and 570 that neither",
+    ] {
+        ensure!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+    ensure!(browser.evaluate("document.querySelector('#process-name').textContent.startsWith('worker-0')")? == true);
+    for (name, width, height, dark) in [("many", 1280, 900, false), ("many-narrow-dark", 390, 800, true)] {
+        browser.look_by(width, height, dark)?;
+        picture(&mut browser, name)?;
+        let wide = browser.evaluate("document.documentElement.scrollWidth")?;
+        ensure!(wide.as_u64() <= Some(u64::from(width)), "{name} is {wide} wide");
+    }
+    browser.evaluate("document.querySelector('[data-key=filter]').focus()")?;
+    for (typed, found) in [("sidecar-39", 11), ("9", 1)] {
+        browser.type_text(typed)?;
+        browser.wait_for(&format!("document.querySelectorAll('.row-link').length === {found}"))?;
+    }
+    // A new report takes neither what was typed nor the place in it.
+    report.duration_s += 1.0;
+    server.report(&report);
+    browser.ask_again()?;
+    browser.wait_for("document.querySelector('#age').textContent.includes('just now')")?;
+    let field = "[document.activeElement.value, document.activeElement.selectionStart]";
+    ensure!(browser.evaluate(field)? == json!(["sidecar-399", 11]), "{}", browser.evaluate(field)?);
+    ensure!(browser.text()?.contains("sidecar-399"));
+    browser.evaluate("document.activeElement.select()")?;
+    browser.type_text("shortened-29-")?;
+    browser.wait_for("document.querySelectorAll('.row-link').length === 1")?;
+    browser.type_text("nobody")?;
+    browser.wait_for("document.querySelector('#list').innerText.includes('None of that name.')")?;
+    ensure!(browser.problems(true).is_empty(), "{:?}", browser.problems(true));
+    Ok(())
+}
+
 /// What a page made of hostile names is text: nothing of it becomes an element, an attribute or code, and what would not print is
 /// written out.
 #[test]
@@ -463,6 +531,9 @@ fn tells_what_the_agent_knows() -> Result<()> {
     browser.wait_for("document.querySelector('#process h2') !== null")?;
     browser.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")?;
     let text = browser.text()?;
+    // What time was left is of no use to one that is dead.
+    let dead = browser.evaluate("[...document.querySelectorAll('.dead')].map((one) => one.innerText).join()")?;
+    ensure!(dead.as_str().is_some_and(|dead| dead.contains("grow by") && !dead.contains("out of memory in")), "{dead}");
     for part in [
         "shop/orders-6c9f-x2x4q/api",
         "Grew since build 7b2c.",

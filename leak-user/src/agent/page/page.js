@@ -89,8 +89,11 @@ function obituary(kill) {
   return h("p", { class: "dead" }, h("strong", {}, clock(new Date(kill.at), made())), " the kernel killed ",
     h("a", { href: `#${kill.pid}`, "data-key": `dead${kill.pid}` }, name(safe(kill.comm)), ` ${kill.pid}`),
     belongs && [" of ", name(belongs)], " because memory ran out",
-    size !== null && `, at ${bytes(size)} RSS`, kill.process?.verdict === "leaking" && [": ", name(words.sentence(kill.process, state.report))]);
+    size !== null && `, at ${bytes(size)} RSS`, kill.process?.verdict === "leaking" && [": ", name(words.sentence(overdue(kill.process), state.report))]);
 }
+
+// Of whom no time is left.
+const overdue = (process) => ({ ...process, seconds_to_limit: null });
 
 function card(process) {
   const worst = words.growing(process)[0];
@@ -122,7 +125,7 @@ function details(process) {
   return [
     h("h2", { tabindex: "-1", id: "process-name" }, name(safe(process.comm)), h("small", {}, ` pid ${process.pid}`)),
     h("p", { class: "verdict" }, badge(process.verdict), " ",
-      traced ? name(words.sentence(process, state.report)) : !process.kill && watchedSentence(process)),
+      traced ? name(words.sentence(process.kill ? overdue(process) : process, state.report)) : !process.kill && watchedSentence(process)),
     process.kill && h("p", { class: "dead" }, `The kernel killed it at ${clock(new Date(process.kill.at), made())} because memory ran out. This is what was last known of it.`),
     facts(process),
     traced && words.remarks(process).map((text) => h("p", { class: "remark" }, text)),
@@ -163,7 +166,7 @@ function facts(process) {
     const of = limit === null ? null : ` of ${bytes(limit)}`;
     const value = [bytes(rss), of];
     const slope = words.slope(process.rss);
-    if (slope) value.push(h("span", { class: "dim" }, ` ${slope}`));
+    if (slope) value.push(" ", h("span", { class: "dim whole" }, slope));
     if (limit !== null && limit > 0) value.push(meter(rss / limit));
     fact("RSS", ...value);
   }
@@ -172,7 +175,10 @@ function facts(process) {
     fact("Traced and live", estimatedBytes(process.live_bytes, process.live_bytes_ci95), h("span", { class: "dim" }, ` in ${blocks}`));
     const deadline = process.kill ? null : words.deadline(process, made());
     if (deadline !== null) fact("Out of memory", deadline);
-    if (process.memory_limit_of) fact("Limit of", name(safe(process.memory_limit_of), { class: "code" }));
+    if (process.memory_limit_of) {
+      const own = process.memory_limit_of === process.cgroup;
+      fact("Limit of", own ? "its control group" : name(safe(process.memory_limit_of), { class: "code" }));
+    }
     if (typeof process.memory_used_bytes === "number") fact("Taken of the limit", bytes(process.memory_used_bytes));
     if (typeof process.baseline?.steady_bytes === "number") fact("Steady before at", bytes(process.baseline.steady_bytes));
     const families = [...new Set(process.allocators.map((allocator) => safe(allocator.family)))];
@@ -180,7 +186,9 @@ function facts(process) {
   }
   if (process.exe) fact("Program", name(safe(process.exe), { class: "code" }));
   for (const [term, value] of words.labels(process)) fact(term, name(value, { class: "code" }));
-  return list;
+  const ids = words.ids(process).map(([term, value]) => h("div", {}, h("dt", {}, term), h("dd", {}, name(value, { class: "code" }))));
+  return [list, ids.length > 0 && h("details", { class: "ids", "data-key": "ids" },
+    h("summary", { "data-key": "ids-summary" }, "Ids and control group"), h("dl", {}, ids))];
 }
 
 function meter(part) {
@@ -223,7 +231,8 @@ function callStacks(process) {
     listed.length > 0 ? listed : h("p", { class: "empty" }, "Nothing that was allocated since tracing began is still held."),
     hidden > 0 && h("p", { class: "dim" }, `and ${plural(hidden, "call stack")} that hold less.`),
     h("p", { class: "choice" },
-      h("button", { type: "button", "data-key": "profile", onclick: () => profile(process) }, "Download a pprof profile"),
+      // Of one that was killed the agent has no profile any more.
+      !process.kill && h("button", { type: "button", "data-key": "profile", onclick: () => profile(process) }, "Download a pprof profile"),
       navigator.clipboard && h("button", { type: "button", "data-key": "copy", onclick: (event) => copy(process, event.target) }, "Copy a summary")),
   ];
 }
@@ -317,12 +326,12 @@ function row(process, current) {
   const grows = process.growing_bytes_per_s ?? null;
   const left = process.seconds_to_limit === undefined ? null : words.timeLeft(process);
   const size = process.rss.last_bytes === null ? "" : bytes(process.rss.last_bytes);
+  const numbers = [size, grows === null ? words.slope(process.rss) : `+${rate(grows)}`, left !== null && `${about(left)} left`];
   return h("li", {},
     h("a", { href: `#${process.pid}`, "data-key": `row${process.pid}`, "aria-current": current ? "true" : null, class: "row-link" },
       h("span", { class: "who" }, name(safe(process.comm)), h("span", { class: "dim" }, ` ${process.pid}`)),
       badge(process.verdict),
-      h("span", { class: "dim numbers" }, [size, grows === null ? words.slope(process.rss) : `+${rate(grows)}`,
-        left !== null && `${about(left)} left`].filter(Boolean).join(" · ")),
+      h("span", { class: "dim numbers" }, numbers.filter(Boolean).map((one, n) => [n > 0 && " · ", h("span", { class: "whole" }, one)])),
       sparkline(process),
       belongs && name(belongs, { class: "dim belongs" })));
 }

@@ -191,23 +191,28 @@ export function belongsTo(of) {
   return of.unit ? safe(of.unit) : "";
 }
 
-// All that is known of where it belongs, as pairs of name and value.
+const NAMES = { namespace: "namespace", pod: "pod", container_name: "container", image: "image", node: "node", unit: "unit" };
+const IDS = {
+  container: "container id",
+  container_runtime: "runtime",
+  pod_uid: "pod uid",
+  unit: "unit",
+  pid_in_namespace: "pid there",
+  cgroup: "control group",
+};
+
+const known = (of, names) => Object.entries(names)
+  .filter(([key]) => of[key] !== null && of[key] !== undefined && of[key] !== "")
+  .map(([key, name]) => [name, safe(of[key])]);
+
+// By which a person knows where it belongs, as pairs of name and value. A container's unit is named after its id.
 export function labels(of) {
-  const names = {
-    namespace: "namespace",
-    pod: "pod",
-    container_name: "container",
-    image: "image",
-    node: "node",
-    container: "container id",
-    container_runtime: "runtime",
-    pod_uid: "pod uid",
-    unit: "unit",
-    pid_in_namespace: "pid there",
-    cgroup: "cgroup",
-  };
-  const known = Object.entries(names).filter(([key]) => of[key] !== null && of[key] !== undefined && of[key] !== "");
-  return known.map(([key, name]) => [name, safe(of[key])]);
+  return known(of.container ? { ...of, unit: null } : of, NAMES);
+}
+
+// What else is known of that, which is long and for machines.
+export function ids(of) {
+  return known(of.container ? of : { ...of, unit: null }, IDS);
 }
 
 // The processes that are worth a look, counted: the headline where nothing leaks.
