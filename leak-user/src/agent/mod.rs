@@ -46,8 +46,25 @@ pub struct Published {
     pub status: Status,
 }
 
+/// Has the allocator give back what was freed. glibc's has an arena for each of the threads that make answers, and once it has freed a large
+/// buffer it takes buffers of that size for usual and keeps them: one endless answer of an API server would cost 70 MiB for good.
+#[cfg(target_env = "gnu")]
+fn keep_little_memory() {
+    for (parameter, value) in
+        [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 256 << 10), (libc::M_TRIM_THRESHOLD, 1 << 20)]
+    {
+        // SAFETY: two integers are passed, and the allocator may be in use meanwhile.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// musl's keeps nothing of that size.
+#[cfg(not(target_env = "gnu"))]
+fn keep_little_memory() {}
+
 /// Traces and serves until SIGINT or SIGTERM; SIGHUP reads the configuration again.
 pub async fn run(settings: Settings, flags: AgentFlags) -> Result<()> {
+    keep_little_memory();
     // Before anything is traced: another agent, or an address that is not ours, is the likeliest mistake.
     let listener = http::bind(settings.http.listen).await?;
     let (reports, report) = watch::channel(Arc::new(Report::new(Mode::default(), crate::report::Host::default())));
