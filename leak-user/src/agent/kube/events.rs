@@ -165,24 +165,25 @@ pub async fn send_all(connecting: Connecting, mut waiting: mpsc::Receiver<Event>
 /// Whether it is there.
 async fn send(api: &Api<Event>, event: &Event, connecting: &Connecting) -> bool {
     let mut waits = connecting.waits();
+    let mut last = String::new();
     for _ in 0..ATTEMPTS {
         let answer = tokio::time::timeout(REQUEST, api.create(&PostParams::default(), event)).await;
-        let error = match answer {
+        last = match answer {
             Ok(Ok(_)) => return true,
             // By an attempt whose answer was lost, or by an agent before.
             Ok(Err(kube::Error::Api(status))) if status.code == 409 => return true,
-            // The pod's namespace is gone, the right is missing, or the server holds it to be wrong: it would be so again.
-            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400 | 401 | 403 | 404 | 422) => {
+            // The pod's namespace is gone, or the server holds it to be wrong: it would be so again. A right that is missing may come.
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400 | 404 | 422) => {
                 log::warn!("kubernetes: an Event was refused: {}", told(&kube::Error::Api(status)));
                 return false;
             }
             Ok(Err(error)) => told(&error),
             Err(_) => "no answer in time".to_owned(),
         };
-        log::debug!("kubernetes: an Event could not be sent: {error}");
+        log::debug!("kubernetes: an Event could not be sent: {last}");
         tokio::time::sleep(waits.next().unwrap_or(REQUEST)).await;
     }
-    log::warn!("kubernetes: an Event could not be sent {ATTEMPTS} times, and is dropped");
+    log::warn!("kubernetes: an Event could not be sent {ATTEMPTS} times, and is dropped: {last}");
     false
 }
 
