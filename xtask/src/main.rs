@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod deploy;
+mod lint;
 mod overhead;
 mod package;
 mod process;
@@ -17,6 +18,7 @@ mod run;
 mod setup;
 mod soak;
 mod test;
+mod tested;
 mod vm;
 
 #[derive(Parser)]
@@ -61,7 +63,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Task::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
         Task::Run { args } => run::run(&args),
-        Task::Lint => test::lint().map(|()| ExitCode::SUCCESS),
+        Task::Lint => lint::lint().map(|()| ExitCode::SUCCESS),
         Task::Test { filters } => test::test(&filters),
         Task::Bench(options) => bench::bench(&options),
         Task::Soak(options) => soak::soak(&options),

@@ -1,4 +1,4 @@
-//! `cargo xtask test` and `lint`: all that is checked before a change lands.
+//! `cargo xtask test`: all that is checked before a change lands.
 //!
 //! The tests themselves decide whether they can run (see `leaktrace_tests::host`); here what they need is brought as far as this
 //! user may, and said where it cannot be had.
@@ -12,13 +12,10 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result};
 use leaktrace_tests::{host, target_dir};
 
-use crate::process::{capture, cargo, check, exit_code, find_in_path, is_root, root};
-use crate::run::build;
-use crate::setup::setup;
+use crate::lint::{self, Aside};
+use crate::process::{capture, check, exit_code, find_in_path, is_root, root};
+use crate::tested;
 use crate::vm::Machines;
-
-/// What leak-ebpf is built with, on top of what its target says.
-const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Programs that tests run as targets or compare with, and the Debian packages that bring them.
 const SYSTEM_PROGRAMS: &[(&str, &str)] = &[
@@ -35,6 +32,7 @@ const SYSTEM_PROGRAMS: &[(&str, &str)] = &[
     ("readelf", "binutils"),
     ("musl-gcc", "musl-tools"),
     ("xz", "xz-utils"),
+    ("dwz", "dwz"),
     ("pprof", "golang-go"),
     ("chromium", "chromium"),
     ("curl", "curl"),
@@ -87,58 +85,12 @@ impl Drop for NoServices {
     }
 }
 
-/// Checks formatting and lints, host and BPF side, and that the fuzz targets build.
-pub fn lint() -> Result<()> {
-    setup()?;
-    check(cargo().args(["fmt", "--all", "--check"]), "find the code formatted (run `cargo fmt --all`)")?;
-    check_fuzz_targets()?;
-    check(
-        cargo()
-            .args(["clippy", "--workspace", "--exclude", "leak-ebpf", "--all-targets", "--quiet", "--"])
-            .args(["-D", "warnings"]),
-        "pass clippy",
-    )?;
-    check(
-        cargo()
-            .args(["clippy", "--package", "leak-ebpf", "--release", "--quiet", "--target", BPF_TARGET])
-            .args(["-Z", "build-std=core"])
-            .arg("--target-dir")
-            .arg(root().join("target/bpf/lint"))
-            .args(["--", "-D", "warnings"])
-            // A call costs BPF code its few registers, and the probes' signatures are what aya's macros call.
-            .args(["-A", "clippy::inline-always", "-A", "clippy::needless-pass-by-value"])
-            .env("RUSTC_BOOTSTRAP", "1")
-            // As leak-user's build script has it.
-            .env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH)),
-        "pass clippy for the BPF programs",
-    )
-}
-
-/// The fuzz targets include modules of leak-user by their paths, so a change there can break them; they are no part of the workspace.
-fn check_fuzz_targets() -> Result<()> {
-    let manifest = root().join("tests/fuzz/Cargo.toml");
-    check(cargo().args(["fmt", "--check", "--manifest-path"]).arg(&manifest), "find the fuzz targets formatted")?;
-    check(
-        cargo()
-            .args(["clippy", "--locked", "--quiet", "--manifest-path"])
-            .arg(&manifest)
-            .arg("--target-dir")
-            .arg(target_dir()?.join("fuzz"))
-            .args(["--", "-D", "warnings"])
-            // Nothing is linked, so libFuzzer's own code, which takes longest to build, need not be there.
-            .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
-        "build the fuzz targets",
-    )
-}
-
 /// Sets up, checks and tests; the exit code is cargo test's.
 pub fn test(filters: &[String]) -> Result<ExitCode> {
     if filters.is_empty() {
-        lint()?;
-    } else {
-        setup()?;
+        lint::formatting()?;
     }
-    let leaktrace = build()?;
+    let leaktrace = tested::build()?.leaktrace;
     bring_system_programs();
     if let Err(error) = crate::deploy::bring_tools() {
         eprintln!("test: {error:#}; the tests that need it will say so");
@@ -150,10 +102,11 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
     {
         return Err(error).with_context(|| format!("failed to remove {}", skipped.display()));
     }
-    let mut tests = cargo();
+    // Tests mostly wait, so there is time for it beside them.
+    let lints = if filters.is_empty() { Some(Aside::start()?) } else { None };
+    let mut tests = tested::cargo_test();
     tests
-        .args(["test", "--workspace", "--exclude", "leak-ebpf", "--no-fail-fast"])
-        // Otherwise end-to-end tests would trace with the slow development build.
+        .arg("--no-fail-fast")
         .env(leaktrace_tests::BINARY_VARIABLE, leaktrace)
         .env(host::SKIP_LOG_VARIABLE, &skipped)
         .stdin(Stdio::null());
@@ -176,6 +129,11 @@ pub fn test(filters: &[String]) -> Result<ExitCode> {
     }
     let status = tests.status().context("failed to start cargo test")?;
     report_skipped(&skipped);
+    if let Some(lints) = lints
+        && !lints.finish()?
+    {
+        return Ok(ExitCode::FAILURE);
+    }
     if !status.success() || !filters.is_empty() {
         return Ok(exit_code(status));
     }

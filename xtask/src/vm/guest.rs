@@ -1,8 +1,8 @@
 //! What is inside a virtual machine: leaktrace, the suite, the fixtures and a program of the system, with the libraries they need,
 //! busybox, and an init that runs the suite and turns the machine off. All of it is in the initramfs; there is no disk.
 //!
-//! For the host's own machine these are the programs that are built and installed here anyway. For the other one leaktrace and the suite
-//! are built as static programs, the fixtures by Debian's cross compiler, and the rest are Debian's packages.
+//! For the host's own machine these are the programs that are tested and installed here anyway. For the other one leaktrace and the suite
+//! are built as they are released, as static programs, the fixtures by Debian's cross compiler, and the rest are Debian's packages.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,6 +17,7 @@ use super::arch::Arch;
 use super::broken::Broken;
 use super::debian::{Suite, aside};
 use crate::process::{capture, cargo, check, find_in_path, root};
+use crate::tested;
 
 /// The suite whose libc and compilers the guests get that are no host's.
 const SUITE: &str = "bookworm";
@@ -40,10 +41,15 @@ pub const FILTER_PARAMETER: &str = "LEAKTRACE_FILTER";
 
 /// Makes the initramfs of `arch`, with a leaktrace that is broken if so wished; its path.
 pub fn initramfs(cache: &Path, arch: Arch, broken: Option<Broken>) -> Result<PathBuf> {
-    // Without the agent, whose TLS takes a C compiler.
-    let leaktrace =
-        build(arch, &["build", "--package", "leak-user", "--bin", "leaktrace", "--no-default-features"], broken)?;
-    let suite = build(arch, &["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"], None)?;
+    let (leaktrace, suite) = if arch == Arch::host() && broken.is_none() {
+        let tested = tested::build()?;
+        (tested.leaktrace, tested.kernels)
+    } else {
+        // Without the agent, whose TLS takes a C compiler.
+        let leaktrace = ["build", "--package", "leak-user", "--bin", "leaktrace", "--no-default-features"];
+        let suite = ["test", "--package", "leaktrace-tests", "--test", "kernels", "--no-run"];
+        (build(arch, &leaktrace, broken)?, build(arch, &suite, None)?)
+    };
     let busybox = busybox(cache, arch)?;
 
     let tree = aside(&cache.join(format!("guest-{}", arch.name())))?;
