@@ -10,11 +10,12 @@ mod kept;
 mod walk;
 
 use core::ffi::c_void;
+use core::hint::cold_path;
 
 use aya_ebpf::helpers::generated::bpf_tail_call;
 use leak_common::{MAX_FRAMES, StackHeader, counter, kind, stack_end};
 
-use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, ends_as_kept, place, place_addresses, verify};
+use self::kept::{MOVED_A_STEP, VERIFIED_A_STEP, ends_as_kept, place, place_addresses, unchanged, verify};
 pub use self::walk::Walk;
 use self::walk::{FRAMES, MASK, MATCHED, NOT_KEPT, RUNNING, STEPS, mix, run, step, word};
 use crate::emit::{header, output_bytes};
@@ -57,6 +58,9 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
     walk.tag = unwind::tag(tgid);
     walk.kept = if has_loop() && walk.kept_generation == generation { walk.kept_count } else { 0 };
     walk.generation = generation;
+    // A zero that ended it lies beyond its outermost frame.
+    let outermost = if walk.kept_zero_at == 0 { walk.slots[0] } else { walk.kept_zero_at };
+    walk.reach = if walk.kept == 0 { 0 } else { outermost.wrapping_add(8) };
     walk.end = RUNNING;
     if what == For::Call && !regs::LINK_REGISTER {
         match word(walk, frame.sp & !7) {
@@ -85,12 +89,17 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
         return;
     }
     if walk.end == RUNNING {
+        cold_path();
         run::<STEPS>(step, walk);
     }
     if walk.end == MATCHED {
         // The matched frame itself has just been read.
         walk.left = walk.kept - 1;
+        if walk.left != 0 && unchanged(walk) {
+            walk.left = 0;
+        }
         if walk.left != 0 {
+            cold_path();
             run::<{ (MAX_FRAMES as u32).div_ceil(VERIFIED_A_STEP) }>(verify, walk);
         }
         if walk.left == 0 && ends_as_kept(walk) {
@@ -105,6 +114,7 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
                 return;
             }
         } else {
+            cold_path();
             // The kept stack is gone: on from the frame that seemed to be in it.
             walk.kept = 0;
             walk.end = RUNNING;
@@ -112,6 +122,7 @@ pub fn take(ctx: *mut c_void, thread: &mut Thread, frame: Frame, what: For, op: 
             run::<STEPS>(step, walk);
         }
     } else {
+        cold_path();
         // Ended without having met the kept stack: none of its frames is outside of those found.
         walk.kept = 0;
     }

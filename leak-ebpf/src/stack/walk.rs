@@ -1,10 +1,11 @@
 //! From one frame to the next: the walk's state, the stack's memory in pieces, and what each kind of rule says.
 //!
 //! Each frame is left by a rule ([`crate::unwind`]): from the tables, or by its frame pointer. The stack is read in pieces:
-//! `bpf_probe_read_user` takes about 40 ns for 8 bytes and 52 for 1024. A piece ends with its page, because a read
-//! that runs into an absent page is many times slower.
+//! `bpf_probe_read_user` takes about 40 ns for 8 bytes and 52 for 1024. A piece reaches as far as the kept stack does, which was all
+//! there a moment ago; where none is kept it ends with its page, because a read that runs into an absent page is many times slower.
 
 use core::ffi::c_void;
+use core::hint::cold_path;
 
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use leak_common::unwind::{Rule, cfa, fp, none};
@@ -16,8 +17,9 @@ use crate::repeat::repeat;
 use crate::returns;
 use crate::unwind::{self, BY_FRAME_POINTER, miss};
 
-/// Most bytes that are read at once.
-const PIECE: u64 = 1024;
+/// Most bytes that are read at once, and most where no kept stack says how far to read.
+pub(super) const PIECE: u64 = 2048;
+const BLIND_PIECE: u64 = 1024;
 const PAGE: u64 = 4096;
 /// Elements of the arrays: one more than is ever sent, so that an index is a plain mask.
 pub(super) const FRAMES: usize = MAX_FRAMES + 1;
@@ -34,6 +36,8 @@ pub struct Walk {
     pub(super) base: u64,
     /// How many bytes of `piece` are valid.
     pub(super) length: u64,
+    /// Where the outermost word ends that the kept stack was derived from; zero if none is kept.
+    pub(super) reach: u64,
     /// The return address that is to be looked up, and whether it is the address of an interrupted instruction instead.
     pub(super) pc: u64,
     pub(super) exact: u64,
@@ -83,6 +87,9 @@ pub struct Walk {
     pub(super) fp_at: [u64; FRAMES],
     /// Where the frame's CFA was read, zero if it was computed.
     pub(super) cfa_at: [u64; FRAMES],
+    /// Of a kept stack: a word besides the return address that the frame depends on, and what it held (see `kept::unchanged`).
+    pub(super) check_at: [u64; FRAMES],
+    pub(super) checks: [u64; FRAMES],
     /// Of a kept stack the hash of this frame and those outside it; of a walk's frames the rule they are left by.
     pub(super) hashes: [u64; FRAMES],
     pub(super) piece: [u64; PIECE as usize / 8],
@@ -103,6 +110,7 @@ impl Tally {
         self.walked += walked;
         self.stacks += 1;
         if self.stacks.is_multiple_of(64) {
+            cold_path();
             count_many(counter::FRAMES_WALKED, self.walked);
             count_many(counter::FRAMES_REUSED, self.reused);
             self.walked = 0;
@@ -130,10 +138,26 @@ pub(super) fn mix(hash: u64, value: u64) -> u64 {
 /// Reads the piece that starts at `address`.
 #[inline(always)]
 fn read_piece(walk: &mut Walk, address: u64) -> bool {
+    // Neither beyond it nor at its end.
+    let to_reach = walk.reach.wrapping_sub(address);
+    // Where there is no `bpf_loop` none is kept, and the verifier would follow both ways at each word.
+    if has_loop() && to_reach.wrapping_sub(1) < PIECE {
+        if read_bytes(walk, address, to_reach) {
+            return true;
+        }
+        cold_path();
+        // The kept stack was another one: what lies between may be absent.
+        walk.reach = 0;
+    }
     let to_page_end = PAGE - (address & (PAGE - 1));
-    let length = if to_page_end < PIECE { to_page_end } else { PIECE };
+    read_bytes(walk, address, if to_page_end < BLIND_PIECE { to_page_end } else { BLIND_PIECE })
+}
+
+/// Reads `length` bytes, at most [`PIECE`], from `address` on.
+#[inline(always)]
+fn read_bytes(walk: &mut Walk, address: u64, length: u64) -> bool {
     walk.base = address;
-    // SAFETY: length is at most PIECE, which piece holds; a bad address is an error result.
+    // SAFETY: piece holds that many bytes; a bad address is an error result.
     let result = unsafe {
         bpf_probe_read_user(walk.piece.as_mut_ptr().cast::<c_void>(), length as u32, address as *const c_void)
     };
