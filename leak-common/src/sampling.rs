@@ -121,12 +121,28 @@ pub struct Sampling(pub u64);
 
 impl Sampling {
     const FILTERED: u64 = 1 << 8;
+    const ATTACHMENT_BIT: u32 = 16;
 
     /// Of process `tgid`, which the word names so that a thread that remembers the place of another one's notices.
     #[inline]
     #[must_use]
     pub const fn new(tgid: u32, interval: Interval, frees_filtered: bool) -> Self {
         Self((tgid as u64) << 32 | interval.0 as u64 | if frees_filtered { Self::FILTERED } else { 0 })
+    }
+
+    /// The same, at the attachment of this number.
+    #[inline]
+    #[must_use]
+    pub const fn at_attachment(self, number: u16) -> Self {
+        Self(self.0 & !((u16::MAX as u64) << Self::ATTACHMENT_BIT) | (number as u64) << Self::ATTACHMENT_BIT)
+    }
+
+    /// How often the process's breakpoints were set again, from zero after the last. A call that a thread was in when they were
+    /// removed has ended unseen: it says nothing of those that are made since.
+    #[inline]
+    #[must_use]
+    pub const fn attachment(self) -> u16 {
+        (self.0 >> Self::ATTACHMENT_BIT) as u16
     }
 
     #[inline]
@@ -178,6 +194,16 @@ mod tests {
     }
 
     /// Every interval is found again by its bytes; others are at most a sixteenth away; the ends hold what is beyond.
+    #[test]
+    fn attachments_leave_the_rest_alone() {
+        let word = Sampling::new(u32::MAX, Interval::LONGEST, true);
+        for number in [0, 1, u16::MAX] {
+            let at = word.at_attachment(u16::MAX).at_attachment(number);
+            assert_eq!(at.attachment(), number);
+            assert_eq!((at.tgid(), at.interval(), at.frees_filtered()), (u32::MAX, Interval::LONGEST, true));
+        }
+    }
+
     #[test]
     fn intervals_in_eight_bits() {
         let all: Vec<_> = (1..=u8::MAX).map(Interval::from_code).collect();

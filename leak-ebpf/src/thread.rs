@@ -60,7 +60,8 @@ pub struct Thread {
     pub entries: u32,
     pub returns: u32,
     pub stepped: u32,
-    pub reserved: u32,
+    /// [`Sampling::attachment`] when the thread was met last.
+    pub attachment: u32,
     /// Where the breakpoint of free stood last. This, and what is known of allocation functions, a session program would have to
     /// ask the kernel for, at the price of a call each.
     pub free_pc: u64,
@@ -279,6 +280,19 @@ impl Thread {
     pub fn process_sampling(&mut self) -> Sampling {
         let sampling = sampling_at(self.sampling);
         if sampling.tgid() == self.tgid { sampling } else { Sampling(self.find_sampling()) }
+    }
+
+    /// The same, for the entry of a call: where breakpoints were set again since the last, the calls that are remembered have ended
+    /// unseen. One that is taken to last would hide what is called and freed meanwhile.
+    #[inline(always)]
+    pub fn sampling_at_entry(&mut self) -> Sampling {
+        let sampling = self.process_sampling();
+        if u32::from(sampling.attachment()) != self.attachment {
+            self.attachment = u32::from(sampling.attachment());
+            self.sp = 0;
+            self.skipped_sp = 0;
+        }
+        sampling
     }
 
     /// The process was given another place. As it is no more, everything is sent.

@@ -130,6 +130,7 @@ fn enter(
     let Arguments { size, pointer, extra } = arguments;
     let now = now();
     let mut resizes = op::resizes(op) && pointer != 0;
+    let sampling = thread.sampling_at_entry();
     if thread.sp != 0 {
         // The same sp in another function is a tail call, if the return probe of the caller still stands there: what it
         // returns is what the caller returns, so it is part of that call like any that is nested. Otherwise it is a new call,
@@ -144,7 +145,6 @@ fn enter(
         count(counter::ABANDONED);
         thread.sp = 0;
     }
-    let sampling = thread.process_sampling();
     let interval = sampling.interval();
     thread.interval = u64::from(interval.code());
     if !size_is_followed(size) {
@@ -206,11 +206,14 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
     }
     let now = now();
     let sampling = match thread {
-        Some(thread) if thread.is_nested(frame.sp, now) => {
-            count(counter::NESTED);
-            return;
+        Some(thread) => {
+            let sampling = thread.sampling_at_entry();
+            if thread.is_nested(frame.sp, now) {
+                count(counter::NESTED);
+                return;
+            }
+            sampling
         }
-        Some(thread) => thread.process_sampling(),
         // A thread that has only freed so far.
         None => match sampling_of(ids.tgid) {
             Some((place, sampling)) => {

@@ -644,6 +644,11 @@ impl Programs {
         self.samplings.set(tgid, interval, frees_filtered)
     }
 
+    /// The breakpoints of a traced process, which were removed, are about to be set again.
+    pub fn attach_again(&self, tgid: u32) {
+        self.samplings.attach_again(tgid);
+    }
+
     /// How a process is sampled.
     pub fn sampling(&self, tgid: u32) -> Option<Sampling> {
         self.samplings.get(tgid)

@@ -74,8 +74,20 @@ impl Samplings {
 
     /// From now on the process is sampled so. False where it is not traced.
     pub fn set(&self, tgid: u32, interval: Interval, frees_filtered: bool) -> bool {
+        let new = Sampling::new(tgid, interval, frees_filtered);
+        self.update(tgid, |before| new.at_attachment(before.attachment()))
+    }
+
+    /// The breakpoints of the process are about to be set again: calls in flight when they were removed have ended unseen. False where
+    /// it is not traced.
+    pub fn attach_again(&self, tgid: u32) -> bool {
+        self.update(tgid, |before| before.at_attachment(before.attachment().wrapping_add(1)))
+    }
+
+    fn update(&self, tgid: u32, change: impl Fn(Sampling) -> Sampling) -> bool {
         let Some(place) = self.places.get(&tgid) else { return false };
-        self.word(*place).store(Sampling::new(tgid, interval, frees_filtered).0, Ordering::SeqCst);
+        let _ =
+            self.word(*place).fetch_update(Ordering::SeqCst, Ordering::Relaxed, |word| Some(change(Sampling(word)).0));
         true
     }
 

@@ -201,6 +201,7 @@ impl Target {
     /// Puts the probes back that [`Self::detach`] removed.
     pub fn attach_again(&mut self, programs: &Programs) -> Result<()> {
         let (tgid, through, leader) = (self.id().tgid, self.process.through(), !self.process.leader_has_ended());
+        programs.attach_again(tgid);
         for traced in self.files.values_mut() {
             let places = traced.places();
             (traced.probes, traced.held) = if leader {
