@@ -5,6 +5,7 @@
 //! through `BPF_MAP_TYPE_RINGBUF`.
 
 use core::ffi::c_void;
+use core::hint::cold_path;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_ringbuf_output};
@@ -60,6 +61,7 @@ fn reserve(tid: u32, size: u64) -> Option<Place> {
         let producer = &raw mut (*of_lane).producer;
         let consumer = core::ptr::read_volatile(&raw const (*of_lane).consumer);
         if core::ptr::read_volatile(producer).wrapping_sub(consumer) > ring_limit() {
+            cold_path();
             return None;
         }
         // The number last: once it is taken, user space waits for the record.
@@ -175,6 +177,7 @@ pub const fn header(kind: u8, op: u8, flags: u16, tgid: u32) -> Header {
 #[inline(always)]
 pub fn emit_free(ids: Ids, addr: u64, time: u64) {
     if !output(ids.tid, &Free { header: header(leak_common::kind::FREE, 0, 0, ids.tgid), addr, time }) {
+        cold_path();
         missed_free(ids.tgid, addr, time);
     }
 }

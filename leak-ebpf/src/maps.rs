@@ -1,5 +1,7 @@
 //! The maps and read-only settings. Sizes given here are defaults; the loader overrides those that depend on the host.
 
+use core::hint::cold_path;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
@@ -296,6 +298,7 @@ pub fn now() -> u64 {
             return unsafe { bpf_jiffies64() }.wrapping_mul(tick).wrapping_add(offset);
         }
     }
+    cold_path();
     // SAFETY: no arguments.
     unsafe { bpf_ktime_get_ns() }
 }

@@ -4,6 +4,8 @@
 //! recorded sp; a return belongs to the record exactly when its sp fits. A recorded call that never returns (an
 //! exception, longjmp) is replaced by the next call that is not below it, or once it is older than [`STALE_NS`].
 
+use core::hint::cold_path;
+
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
@@ -141,7 +143,12 @@ pub fn current(ids: Ids) -> Option<&'static mut Thread> {
     // SAFETY: a valid map value. Its owner alone changes it, and whoever is not the owner reads `tid` only, one aligned
     // word.
     let thread = unsafe { &mut *slot };
-    if thread.tid == ids.tid && thread.tgid == ids.tgid { Some(thread) } else { in_table(ids) }
+    if thread.tid == ids.tid && thread.tgid == ids.tgid {
+        Some(thread)
+    } else {
+        cold_path();
+        in_table(ids)
+    }
 }
 
 /// Threads whose slot another one has.
@@ -236,6 +243,7 @@ impl Thread {
     pub fn entered(&mut self) {
         self.entries = self.entries.wrapping_add(1);
         if self.entries >= COUNTED_AT_ONCE {
+            cold_path();
             self.count_hits();
         }
     }
@@ -279,7 +287,12 @@ impl Thread {
     #[inline(always)]
     pub fn process_sampling(&mut self) -> Sampling {
         let sampling = sampling_at(self.sampling);
-        if sampling.tgid() == self.tgid { sampling } else { Sampling(self.find_sampling()) }
+        if sampling.tgid() == self.tgid {
+            sampling
+        } else {
+            cold_path();
+            Sampling(self.find_sampling())
+        }
     }
 
     /// The same, for the entry of a call: where breakpoints were set again since the last, the calls that are remembered have ended
@@ -288,6 +301,7 @@ impl Thread {
     pub fn sampling_at_entry(&mut self) -> Sampling {
         let sampling = self.process_sampling();
         if u32::from(sampling.attachment()) != self.attachment {
+            cold_path();
             self.attachment = u32::from(sampling.attachment());
             self.sp = 0;
             self.skipped_sp = 0;

@@ -5,6 +5,7 @@
 //! size of `aligned_alloc` from the wrong register, or a call of a helper that Linux has for uprobes from 5.15 on.
 
 use core::ffi::c_void;
+use core::hint::cold_path;
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::bpf_probe_read_user;
@@ -132,6 +133,7 @@ fn enter(
     let mut resizes = op::resizes(op) && pointer != 0;
     let sampling = thread.sampling_at_entry();
     if thread.sp != 0 {
+        cold_path();
         // The same sp in another function is a tail call, if the return probe of the caller still stands there: what it
         // returns is what the caller returns, so it is part of that call like any that is nested. Otherwise it is a new call,
         // and the recorded one never returned.
@@ -148,12 +150,14 @@ fn enter(
     let interval = sampling.interval();
     thread.interval = u64::from(interval.code());
     if !size_is_followed(size) {
+        cold_path();
         if resizes && may_be_followed(sampling, ids.tgid, pointer) {
             emit_free(ids, pointer, now);
         }
         return remember(thread, frame, now);
     }
     if !interval.is_exact() {
+        cold_path();
         // A block that is not followed is as good as none: then the new one comes out of nothing.
         resizes = resizes && may_be_followed(sampling, ids.tgid, pointer);
         if !thread.samples(interval, size) {
@@ -168,6 +172,7 @@ fn enter(
         }
     }
     if resizes {
+        cold_path();
         let begin = ReallocBegin {
             header: header(kind::REALLOC_BEGIN, op, 0, ids.tgid),
             addr: pointer,
@@ -190,6 +195,7 @@ fn enter(
     thread.resizes = u64::from(resizes);
     thread.sp = frame.sp;
     if thread.interval == UNSAMPLED {
+        cold_path();
         // The block that it takes the place of is followed, and ends here; the new one needs no stack.
         thread.caller = 0;
         return WITH_RETURN;
@@ -209,6 +215,7 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
         Some(thread) => {
             let sampling = thread.sampling_at_entry();
             if thread.is_nested(frame.sp, now) {
+                cold_path();
                 count(counter::NESTED);
                 return;
             }
@@ -217,6 +224,7 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
         // A thread that has only freed so far.
         None => match sampling_of(ids.tgid) {
             Some((place, sampling)) => {
+                cold_path();
                 add_hits(place, 1, 0, 0);
                 sampling
             }
@@ -233,6 +241,7 @@ fn free(thread: Option<&mut Thread>, ids: Ids, frame: Frame, addr: u64) {
 fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     thread.returns = thread.returns.wrapping_add(1);
     if thread.sp.wrapping_add(regs::RETURN_POPS) != frame.sp || thread.sp == 0 {
+        cold_path();
         // Below the recorded call it is the return of a nested one, whose entry was not recorded on purpose.
         if frame.sp > thread.sp.wrapping_add(regs::RETURN_POPS) {
             count(counter::UNPAIRED_RETURN);
@@ -241,15 +250,18 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     }
     thread.sp = 0;
     if thread.interval != 0 {
+        cold_path();
         thread.was_quiet();
     }
     if thread.op == NOT_FOLLOWED {
+        cold_path();
         return 0;
     }
     let result = frame.result;
     let mut addr = result;
     let called = thread.op as u8;
     if called == op::POSIX_MEMALIGN {
+        cold_path();
         addr = 0;
         if result as u32 == 0 {
             // SAFETY: a bad address is an error result.
@@ -261,6 +273,7 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     }
     let mut size = thread.size;
     if called == op::XALLOCX {
+        cold_path();
         addr = 0;
         // Real sizes are those of the allocator's classes: of what was asked for it may be less or more.
         if result >= size {
@@ -269,6 +282,7 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
         }
     }
     if called == op::REALLOCF && addr == 0 {
+        cold_path();
         // It has released the block: as realloc to nothing.
         size = 0;
     }
@@ -278,6 +292,7 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     let keeps = thread.interval != 0 || !thread.process_sampling().interval().is_exact();
     let mut lost = false;
     if keeps {
+        cold_path();
         if thread.interval == UNSAMPLED && addr != 0 {
             // The old block is gone, and of the new one nothing is said.
             addr = 0;
@@ -292,6 +307,7 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
     }
     let interval = thread.interval as u8;
     if thread.resizes != 0 {
+        cold_path();
         if lost {
             addr = 0;
             size = 0;
@@ -319,10 +335,12 @@ fn leave(thread: &mut Thread, ids: Ids, frame: Frame) -> u32 {
             time: thread.time,
         };
         if !output(ids.tid, &alloc) {
+            cold_path();
             count(counter::RING_FULL_ALLOC);
         }
     }
     if failed {
+        cold_path();
         count(counter::FAILED);
     }
     0
@@ -437,6 +455,7 @@ extern "C" fn session(ctx: *mut c_void) -> u32 {
         }
     }
     if known == NOT_KNOWN {
+        cold_path();
         if is_return(&ctx) {
             // Without an entry before it, it is nothing to us.
             return thread.map_or(0, |thread| leave(thread, ids, frame));
