@@ -47,6 +47,8 @@ impl Chromium {
             .arg("about:blank")
             .env("HOME", home.path())
             .env("XDG_RUNTIME_DIR", home.path())
+            // It is killed, and what it has for the moment would stay.
+            .env("TMPDIR", home.path())
             .env("TZ", "UTC")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
