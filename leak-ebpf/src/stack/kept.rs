@@ -48,39 +48,43 @@ impl Walk {
     }
 }
 
-/// In `check_at`: the frame depends on more words than one besides its return address, or on one that lies outside of the stack. As
-/// an odd address it is not in any piece.
-const UNCHECKED: u64 = 1;
-
 /// Whether all that the outermost `left` kept frames were derived from is in the piece and unchanged. Usually it is; then this takes
-/// the place of [`verify`], without a branch for each word and without a call. False says nothing.
+/// the place of [`verify`], without a call, and with branches that go the same way as long as the stack is the same. False says
+/// nothing.
 #[inline(always)]
 pub(super) fn unchanged(walk: &Walk) -> bool {
     let base = walk.base;
-    // No word that is looked at below lies further out than the outermost return address, unless it is in no piece.
-    if walk.slots[0].wrapping_sub(base).wrapping_add(8) > walk.length {
+    let outermost = walk.slots[0];
+    if outermost.wrapping_sub(base).wrapping_add(8) > walk.length {
         return false;
     }
     let mut differences = 0;
     let mut frame = 0;
     while frame < MASK && frame < walk.left {
         let at = (frame & MASK) as usize;
-        let (slot, check) = (walk.slots[at].wrapping_sub(base), walk.check_at[at].wrapping_sub(base));
-        differences |= (slot | check) & !(PIECE - 8);
-        let piece = walk.piece.as_ptr();
-        // SAFETY: at most PIECE - 8 each.
-        let (caller, word) = unsafe {
-            (
-                piece.byte_add((slot & (PIECE - 8)) as usize).read(),
-                piece.byte_add((check & (PIECE - 8)) as usize).read(),
-            )
-        };
-        differences |= regs::code_address(caller) ^ walk.pcs[at];
-        // A return address, or a frame pointer, which is an address of user space as well.
-        differences |= regs::code_address(word) ^ regs::code_address(walk.checks[at]);
+        differences |= walk.cfa_at[at];
+        let (caller, outside) = in_piece(walk, walk.slots[at]);
+        differences |= outside | (regs::code_address(caller) ^ walk.pcs[at]);
+        let fp_at = walk.fp_at[at];
+        if fp_at > FP_SAME {
+            // Further out the piece may hold what was read before.
+            if fp_at > outermost {
+                return false;
+            }
+            let (saved, outside) = in_piece(walk, fp_at);
+            differences |= outside | (saved ^ walk.fps[at]);
+        }
         frame += 1;
     }
     differences == 0
+}
+
+/// The word of the piece at this address, and zero if it has one there.
+#[inline(always)]
+fn in_piece(walk: &Walk, address: u64) -> (u64, u64) {
+    let at = address.wrapping_sub(walk.base);
+    // SAFETY: at most PIECE - 8.
+    (unsafe { walk.piece.as_ptr().byte_add((at & (PIECE - 8)) as usize).read() }, at & !(PIECE - 8))
 }
 
 /// Compares what some kept frames were derived from with what is there now: 0 to go on, 1 at the end; then `left` is
@@ -148,17 +152,8 @@ pub(super) extern "C" fn place(_index: u64, context: *mut Context) -> i64 {
         } else {
             fp_at
         };
-        let slot = walk.slots[from];
-        let outermost = if walk.kept == 0 { slot } else { walk.slots[0] };
-        (walk.check_at[to], walk.checks[to]) = if walk.cfa_at[from] != 0 {
-            (UNCHECKED, 0)
-        } else if needs_fp && fp_at > FP_SAME {
-            (if fp_at < outermost { fp_at } else { UNCHECKED }, walk.fps[from])
-        } else {
-            (slot, pc)
-        };
         walk.pcs[to] = pc;
-        walk.slots[to] = slot;
+        walk.slots[to] = walk.slots[from];
         walk.fps[to] = walk.fps[from];
         walk.cfa_at[to] = walk.cfa_at[from];
         walk.hashes[to] = mix(outer_hash, pc);

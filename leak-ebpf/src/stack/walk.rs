@@ -87,9 +87,6 @@ pub struct Walk {
     pub(super) fp_at: [u64; FRAMES],
     /// Where the frame's CFA was read, zero if it was computed.
     pub(super) cfa_at: [u64; FRAMES],
-    /// Of a kept stack: a word besides the return address that the frame depends on, and what it held (see `kept::unchanged`).
-    pub(super) check_at: [u64; FRAMES],
-    pub(super) checks: [u64; FRAMES],
     /// Of a kept stack the hash of this frame and those outside it; of a walk's frames the rule they are left by.
     pub(super) hashes: [u64; FRAMES],
     pub(super) piece: [u64; PIECE as usize / 8],

@@ -174,7 +174,7 @@ pub(super) struct Wanted {
 }
 
 /// The least that all maps can be made to take, with no unwind tables.
-pub const LEAST: u64 = 14 << 20;
+pub const LEAST: u64 = 12 << 20;
 
 /// Shares `most` bytes out. `grows`: whether the table of threads takes memory as threads come.
 pub(super) fn plan(
@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn the_cap_is_kept() {
         let mut before = None;
-        for mib in [14, 15, 16, 20, 32, 48, 64, 100, 128, 256, 1024] {
+        for mib in [12, 13, 16, 20, 32, 48, 64, 100, 128, 256, 1024] {
             let most = mib << 20;
             let sizes = plan_for(most, 1 << 16).unwrap_or_else(|error| panic!("{mib} MiB: {error:#}"));
             assert!(sizes.bytes <= most, "{sizes:?} within {mib} MiB");
