@@ -174,7 +174,7 @@ pub(super) struct Wanted {
 }
 
 /// The least that all maps can be made to take, with no unwind tables.
-pub const LEAST: u64 = 12 << 20;
+pub const LEAST: u64 = 27 << 19;
 
 /// Shares `most` bytes out. `grows`: whether the table of threads takes memory as threads come.
 pub(super) fn plan(
@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn the_cap_is_kept() {
         let mut before = None;
-        for mib in [12, 13, 16, 20, 32, 48, 64, 100, 128, 256, 1024] {
+        for mib in [14, 15, 16, 20, 32, 48, 64, 100, 128, 256, 1024] {
             let most = mib << 20;
             let sizes = plan_for(most, 1 << 16).unwrap_or_else(|error| panic!("{mib} MiB: {error:#}"));
             assert!(sizes.bytes <= most, "{sizes:?} within {mib} MiB");
@@ -283,7 +283,7 @@ mod tests {
             }
             before = Some((sizes.ring, sizes.missed));
         }
-        let sizes = plan_for(1 << 30, 2 << 20).expect("plenty");
+        let sizes = plan_for(2 << 30, 2 << 20).expect("plenty");
         assert_eq!((sizes.ring, sizes.missed, sizes.threads), (RING_SIZE, MOST_MISSED, MOST_THREADS));
         let sizes =
             plan(&maps(), 1 << 30, Wanted { rows: 1, addresses: 1 << 18 }, false, Asked::default()).expect("plenty");

@@ -161,7 +161,7 @@ fn mistakes() {
         ("[trace]\ncomm = ['a', 'a-name-of-16-byt']\n", &["FILE:2: trace.comm: ", "15 bytes"]),
         ("[trace]\nexclude = 'nginx'\n", &["FILE:2: trace.exclude: ", "KIND=VALUE"]),
         ("[trace]\ncomm = true\n", &["FILE:2: trace.comm: ", "a text or a list of texts"]),
-        ("[trace]\nkernel_memory = '4MiB'\n", &["FILE:2: trace.kernel_memory: ", "16384KiB"]),
+        ("[trace]\nkernel_memory = '4MiB'\n", &["FILE:2: trace.kernel_memory: ", "18432KiB"]),
         ("[trace]\nallocator = ':je_'\n", &["FILE:2: trace.allocator: ", "path"]),
         ("[state]\nfolder = 'state'\n", &["FILE:2: state.folder: ", "begins with '/'"]),
         ("[state]\nmax_bytes = '1KiB'\n", &["FILE:2: state.max_bytes: ", "16KiB"]),
