@@ -32,7 +32,7 @@ unsafe fn fetch_add(cell: *mut u64, by: u64) -> u64 {
 /// The bits of `value` that `mask` has. In assembler, so that LLVM leaves it where the verifier can follow it: to that the mask is a
 /// constant, since settings are frozen.
 #[inline(always)]
-fn masked(value: u64, mask: u64) -> u64 {
+pub fn masked(value: u64, mask: u64) -> u64 {
     let mut value = value;
     // SAFETY: arithmetic on registers.
     unsafe {

@@ -11,6 +11,7 @@ use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use leak_common::unwind::{Rule, cfa, fp, none};
 use leak_common::{MAX_FRAMES, StackHeader, counter, flag, stack_end};
 
+use crate::emit::masked;
 use crate::maps::{count_many, has_loop, use_tables};
 use crate::regs::{self, Frame};
 use crate::repeat::repeat;
@@ -132,14 +133,16 @@ pub(super) fn mix(hash: u64, value: u64) -> u64 {
     hash ^ (hash >> 29)
 }
 
-/// Reads the piece that starts at `address`.
-#[inline(always)]
+/// Reads the piece that starts at `address`. A function of its own: at each of the places that need a word there would be two reads,
+/// and 6.1's verifier refuses what LLVM makes of that.
+#[inline(never)]
 fn read_piece(walk: &mut Walk, address: u64) -> bool {
     // Neither beyond it nor at its end.
-    let to_reach = walk.reach.wrapping_sub(address);
+    let before_reach = walk.reach.wrapping_sub(address).wrapping_sub(1);
     // Where there is no `bpf_loop` none is kept, and the verifier would follow both ways at each word.
-    if has_loop() && to_reach.wrapping_sub(1) < PIECE {
-        if read_bytes(walk, address, to_reach) {
+    if has_loop() && before_reach < PIECE {
+        // Verifiers before 6.18 do not see from the comparison what the length is at most.
+        if read_bytes(walk, address, masked(before_reach, PIECE - 1) + 1) {
             return true;
         }
         cold_path();
