@@ -193,7 +193,7 @@ mod tests {
         }
     }
 
-    /// Every interval is found again by its bytes; others are at most a sixteenth away; the ends hold what is beyond.
+    /// An attachment's number changes nothing else in the word.
     #[test]
     fn attachments_leave_the_rest_alone() {
         let word = Sampling::new(u32::MAX, Interval::LONGEST, true);
@@ -204,6 +204,7 @@ mod tests {
         }
     }
 
+    /// Every interval is found again by its bytes; others are at most a sixteenth away; the ends hold what is beyond.
     #[test]
     fn intervals_in_eight_bits() {
         let all: Vec<_> = (1..=u8::MAX).map(Interval::from_code).collect();
